@@ -1,0 +1,265 @@
+"""From a record to token ids and the flags that say which of them are trained on.
+
+Where the tokenizer has a chat template, every kind of record but `text` becomes a conversation,
+because that is how the model will be asked. Without one, prompt and completion are one text.
+
+Masks are found in characters and carried to tokens by the tokenizer's offsets, never by counting
+the tokens of a prompt on its own: tokens may reach across the boundary. A token is trained on
+where any of its characters is.
+
+    full    <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello<|im_end|>\\n
+    start   the length of the turns before, rendered with the generation prompt
+    end     the length of the turns up to this one, less the white space after its end marker
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lowtide.data.formats import (
+    ChatRecord,
+    InstructionRecord,
+    PromptRecord,
+    Record,
+    TextRecord,
+)
+from lowtide.data.templates import ChatTemplate
+from lowtide.data.tokenizer import Tokenizer
+from lowtide.errors import ConfigError, DataError
+
+Span = tuple[int, int]
+
+_ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately "
+    "completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+)
+_ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+
+
+class Encoded(NamedTuple):
+    """One sequence for training."""
+
+    ids: list[int]
+    trained: list[int]
+    """1 where the token is a label; the first token is never predicted."""
+    dropped_tokens: int
+    """Tokens cut off at the end because the record was too long."""
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens that are predicted and counted in the loss."""
+        return sum(self.trained[1:])
+
+
+class Encoder:
+    """Encodes records for one tokenizer and one model.
+
+    Args:
+        tokenizer: The tokenizer, with the chat template to use, if any.
+        max_seq_length: Longer records are cut off at the end.
+        vocab_size: The model's; an id beyond it means that the two do not match.
+        mask_prompt: Train on completions and assistant turns only.
+
+    Raises:
+        ConfigError: `max_seq_length` leaves nothing to predict.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, max_seq_length: int, vocab_size: int, mask_prompt: bool = False
+    ) -> None:
+        if max_seq_length < 2:
+            raise ConfigError(
+                f"max_seq_length is {max_seq_length}; expected at least 2, since each token is "
+                "predicted from those before it."
+            )
+        self.tokenizer = tokenizer
+        self.max_seq_length = max_seq_length
+        self.vocab_size = vocab_size
+        self.mask_prompt = mask_prompt
+
+    def encode(self, record: Record) -> Encoded:
+        """Tokenise one record, mask it and cut it to length.
+
+        Args:
+            record: The record.
+
+        Returns:
+            Its ids and flags; there may be no trained token left.
+
+        Raises:
+            DataError: The chat template cannot express the record, or an id is not the model's.
+            ConfigError: Prompts are to be masked and the record has none.
+        """
+        try:
+            ids, trained = self._encode(record)
+        except DataError as error:
+            raise DataError(f"{record.where}: {error}") from None
+        self._check_ids(ids, record.where)
+        cut = self.max_seq_length
+        return Encoded(ids[:cut], trained[:cut], max(0, len(ids) - cut))
+
+    def windows(self, text: str, where: Path) -> Iterator[Encoded]:
+        """A long text as one stream of tokens, cut into windows of `max_seq_length`.
+
+        The stream is tokenised in one piece, so that no cut changes a token. A last window too
+        short to predict anything comes with no ids, its token counted as dropped.
+
+        Args:
+            text: The text.
+            where: Its file, for messages.
+
+        Yields:
+            The windows in order.
+
+        Raises:
+            DataError: An id is not the model's.
+            ConfigError: Prompts are to be masked and a text has none.
+        """
+        if self.mask_prompt:
+            raise _nothing_to_mask(str(where))
+        ids = self.tokenizer.encode(text, add_special_tokens=True)
+        self._check_ids(ids, str(where))
+        for start in range(0, len(ids), self.max_seq_length):
+            window = ids[start : start + self.max_seq_length]
+            if len(window) < 2:
+                yield Encoded([], [], len(window))
+            else:
+                yield Encoded(window, [1] * len(window), 0)
+
+    def _encode(self, record: Record) -> tuple[list[int], list[int]]:
+        match record:
+            case TextRecord():
+                if self.mask_prompt:
+                    raise _nothing_to_mask(record.where)
+                return self._plain("", record.text)
+            case ChatRecord():
+                return self._chat(record.messages, record.tools)
+            case PromptRecord():
+                if self.tokenizer.template is None:
+                    return self._plain(record.prompt, record.completion)
+                return self._chat(_exchange(record.prompt, record.completion))
+            case InstructionRecord():
+                if self.tokenizer.template is None:
+                    return self._plain(_alpaca_prompt(record), record.output)
+                parts = (record.instruction, record.input)
+                prompt = "\n\n".join(part for part in parts if part.strip())
+                return self._chat(_exchange(prompt, record.output))
+
+    def _plain(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+        """One text, ended by EOS where the tokenizer has one."""
+        text = prompt + completion
+        ids, offsets = self.tokenizer.encode_with_offsets(text, add_special_tokens=True)
+        span = (len(prompt), len(text))
+        trained = _flags(offsets, [span]) if self.mask_prompt else [1] * len(ids)
+        eos = self.tokenizer.eos_id
+        if eos is not None:
+            if not ids or ids[-1] != eos:
+                ids.append(eos)
+                trained.append(1)
+            trained[-1] = 1
+        return ids, trained
+
+    def _chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: list[dict[str, Any]] | None = None
+    ) -> tuple[list[int], list[int]]:
+        template = self.tokenizer.template
+        if template is None:
+            raise DataError(
+                "a conversation needs a chat template, and this tokenizer has none. Pass one "
+                "with --chat-template FILE, or use prompt and completion records."
+            )
+        full = template.render(messages, tools=tools)
+        if not self.mask_prompt:
+            ids = self.tokenizer.encode(full, add_special_tokens=False)
+            return ids, [1] * len(ids)
+        ids, offsets = self.tokenizer.encode_with_offsets(full, add_special_tokens=False)
+        return ids, _flags(offsets, assistant_spans(template, messages, full, tools))
+
+    def _check_ids(self, ids: Sequence[int], where: str) -> None:
+        largest = max(ids, default=0)
+        if largest >= self.vocab_size:
+            raise DataError(
+                f"{where}: tokenizer and model do not match: token "
+                f"{self.tokenizer.token(largest)!r} has id {largest}, and the model has "
+                f"{self.vocab_size} tokens. Point --tokenizer at the model's own directory."
+            )
+
+
+def assistant_spans(
+    template: ChatTemplate,
+    messages: Sequence[Mapping[str, Any]],
+    full: str,
+    tools: list[dict[str, Any]] | None = None,
+) -> list[Span]:
+    """Where in a rendered conversation the assistant speaks, end markers included.
+
+    Args:
+        template: The template that rendered it.
+        messages: The conversation.
+        full: The rendered text.
+        tools: The tools it was rendered with.
+
+    Returns:
+        One (start, end) in characters for each assistant turn.
+
+    Raises:
+        DataError: The template does not render the start of a conversation as the start of the
+            whole, so that turns cannot be told apart.
+    """
+    spans: list[Span] = []
+    for k, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = template.render(messages[:k], add_generation_prompt=True, tools=tools)
+        after = full
+        if k + 1 < len(messages):
+            after = template.render(messages[: k + 1], tools=tools)
+        if not (full.startswith(before) and full.startswith(after) and len(before) < len(after)):
+            raise DataError(
+                f"prompts cannot be masked: {template.origin} writes message {k + 1} differently "
+                "when other messages follow it. Train without --mask-prompt, pass a simpler "
+                "template with --chat-template FILE, or split the conversation so that each "
+                "record ends with its only assistant message."
+            )
+        turn = full[len(before) : len(after)]
+        content = (message.get("content") or "").rstrip()
+        marked = turn.rstrip()
+        if content and marked.endswith(content):
+            # No end marker: the white space itself is what ends the turn.
+            marked = turn
+        spans.append((len(before), len(before) + len(marked)))
+    return spans
+
+
+def _flags(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
+    """1 for each token with a character inside a span; added special tokens have none."""
+    flags = []
+    for start, end in offsets:
+        inside = any(start < last and end > first for first, last in spans)
+        flags.append(int(inside and end > start))
+    return flags
+
+
+def _exchange(prompt: str, completion: str) -> list[dict[str, Any]]:
+    return [
+        {"role": "user", "content": prompt},
+        {"role": "assistant", "content": completion},
+    ]
+
+
+def _alpaca_prompt(record: InstructionRecord) -> str:
+    layout = _ALPACA_WITH_INPUT if record.input.strip() else _ALPACA
+    return layout.format(instruction=record.instruction, input=record.input)
+
+
+def _nothing_to_mask(where: str) -> ConfigError:
+    return ConfigError(
+        f"{where}: --mask-prompt needs prompts to mask, and plain text has none. Train without "
+        "it, or use prompt and completion or chat records."
+    )

@@ -1,0 +1,180 @@
+"""Prepare data for training in a child process, so that this one stays small.
+
+A tokenizer of 150,000 entries holds 60 to 75 MB, most of which an allocator never gives back. So
+the parent sends a request as JSON, the child (`lowtide.data.worker`) tokenises into mapped caches
+and answers with a report, and everything that it needed dies with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from lowtide.data.cache import temporary_path
+from lowtide.data.formats import FeatureNames
+from lowtide.errors import KINDS, LowtideError
+
+SPLITS = ("train", "valid", "eval")
+_STDERR_LINES = 8
+
+
+@dataclass(frozen=True)
+class PrepareRequest:
+    """What to tokenise, how, and where to put it."""
+
+    data: Path
+    """A file, or a directory with {train,valid,test}.jsonl (.json, .txt)."""
+    tokenizer: Path
+    """A directory with tokenizer.json."""
+    out: Path
+    """The directory that takes the caches, `train.safetensors` and so on."""
+    max_seq_length: int
+    vocab_size: int
+    """The model's, to see that tokenizer and model match."""
+    split: Literal["train", "eval"] = "train"
+    """train: the train and valid splits. eval: the test split, else valid, or the file itself."""
+    mask_prompt: bool = False
+    features: FeatureNames = field(default_factory=FeatureNames)
+    chat_template: str | None = None
+    """A template file, "none" to use no template, or None for the tokenizer's own."""
+    valid_data: Path | None = None
+    """Validation data from elsewhere; wins over the data directory's own valid split."""
+    valid_records: int = 0
+    """Where there is no validation data, hold out this many records or windows at the end."""
+
+    def to_json(self) -> str:
+        """The request as the child reads it."""
+        return json.dumps(asdict(self), default=str)
+
+    @classmethod
+    def from_json(cls, text: str) -> PrepareRequest:
+        """Read back what `to_json` wrote."""
+        values = json.loads(text)
+        values["features"] = FeatureNames(**values["features"])
+        for name in ("data", "tokenizer", "out", "valid_data"):
+            values[name] = None if values[name] is None else Path(values[name])
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """What became of one split. Counts are of what is in the cache, but for the `dropped_` ones."""
+
+    path: Path
+    """The cache."""
+    source: Path
+    """The file that it came from."""
+    records: int
+    tokens: int
+    trained_tokens: int
+    """Tokens that the loss counts."""
+    longest: int
+    """Tokens in the longest record, as kept."""
+    truncated_records: int
+    dropped_tokens: int
+    """Tokens cut off, or dropped with their record."""
+    dropped_records: int
+    """Records left out because no trained token was left in them."""
+
+    def summary(self) -> str:
+        """One line for people."""
+        text = (
+            f"{self.records:,} records, {self.tokens:,} tokens ({self.trained_tokens:,} trained "
+            f"on), longest {self.longest:,}"
+        )
+        if self.truncated_records:
+            text += f"; {self.truncated_records:,} truncated"
+        if self.dropped_records:
+            text += f"; {self.dropped_records:,} dropped with nothing left to train on"
+        if self.dropped_tokens:
+            text += f"; {self.dropped_tokens:,} tokens not used"
+        return text
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """The splits that were prepared: "train" and perhaps "valid", or "eval"."""
+
+    splits: Mapping[str, SplitReport]
+
+    def to_json(self) -> str:
+        """The report as the parent reads it."""
+        splits = {name: asdict(split) for name, split in self.splits.items()}
+        return json.dumps({"splits": splits}, default=str)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PrepareReport:
+        """Read back what `to_json` wrote."""
+        splits = {}
+        for name, split in values["splits"].items():
+            known = {item.name: split[item.name] for item in fields(SplitReport)}
+            known["path"], known["source"] = Path(split["path"]), Path(split["source"])
+            splits[name] = SplitReport(**known)
+        return cls(splits)
+
+
+def cache_path(out: Path, split: str) -> Path:
+    """Where the cache of a split lies."""
+    return out / f"{split}.safetensors"
+
+
+def prepare(request: PrepareRequest) -> PrepareReport:
+    """Tokenise a data set into mapped caches, in a child process.
+
+    Args:
+        request: What to prepare.
+
+    Returns:
+        The caches and what is in them.
+
+    Raises:
+        LowtideError: Of the kind that the child raised, such as DataError for a bad record; or
+            LowtideError itself, with the child's last words, where it died.
+    """
+    # The child finds modules where this process does: its own working directory only counts
+    # where it counts here too, so that a file named random.py there does no harm.
+    isolated = [] if {"", os.getcwd()} & set(sys.path) else ["-P"]
+    command = [sys.executable, *isolated, "-m", "lowtide.data.worker"]
+    child = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # A group of its own: Ctrl-C reaches this process alone, which then ends the child.
+        process_group=0,
+    )
+    try:
+        out, err = child.communicate(request.to_json().encode("utf-8"))
+    except BaseException:
+        child.kill()
+        child.wait()
+        raise
+    finally:
+        for split in SPLITS:
+            temporary_path(cache_path(request.out, split)).unlink(missing_ok=True)
+    return _answer(child.returncode, out, err)
+
+
+def _answer(returncode: int, out: bytes, err: bytes) -> PrepareReport:
+    try:
+        answer = json.loads(out)
+    except ValueError:
+        answer = None
+    if isinstance(answer, dict) and "error" in answer:
+        raise KINDS.get(answer["error"], LowtideError)(answer["message"])
+    if returncode == 0 and isinstance(answer, dict) and "splits" in answer:
+        return PrepareReport.from_dict(answer)
+    lines = err.decode("utf-8", "replace").strip().splitlines()[-_STDERR_LINES:]
+    ending = f"ended with code {returncode}"
+    if returncode < 0:
+        ending = f"was ended by signal {-returncode}"
+        if returncode == -9:
+            ending += ", which is how a system that is out of memory ends a process"
+    said = "Its last words:\n  " + "\n  ".join(lines) if lines else "It said nothing."
+    raise LowtideError(f"the process that tokenises the data {ending}. {said}")

@@ -1,0 +1,255 @@
+"""A model directory's tokenizer: text to ids, ids to text, chats to text.
+
+`tokenizer.json` holds the whole tokenizer and the `tokenizers` library runs it; the files around
+it only name the special tokens and the chat template. A large vocabulary takes 60 to 75 MB, so
+training never loads one (see `lowtide.data.prepare`) and `tokenizers` is imported in `load`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lowtide.data.templates import ChatTemplate, Message
+from lowtide.data.tokenizer_files import TokenizerSettings, read_backend, read_settings
+from lowtide.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+_REPLACEMENT = "\ufffd"
+
+
+class Tokenizer:
+    """The tokenizer of one model directory; make one with `Tokenizer.load`."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        settings: TokenizerSettings,
+        template: ChatTemplate | None = None,
+    ) -> None:
+        self._backend = backend
+        self._settings = settings
+        self.template = template
+        self.special_ids: frozenset[int] = frozenset(
+            token_id
+            for token_id, token in backend.get_added_tokens_decoder().items()
+            if token.special
+        )
+
+    @classmethod
+    def load(cls, directory: Path | str, chat_template: str | None = None) -> Tokenizer:
+        """Open the tokenizer of a model directory.
+
+        Args:
+            directory: A directory with `tokenizer.json` and, usually, `tokenizer_config.json`.
+            chat_template: A file with a Jinja template to use instead of the directory's own, or
+                "none" to use no template at all.
+
+        Returns:
+            The tokenizer.
+
+        Raises:
+            ModelError: The directory holds no tokenizer.json, or a file in it is broken.
+            ConfigError: `chat_template` names a file that cannot be read.
+        """
+        directory = Path(directory)
+        backend = read_backend(directory)
+        settings = read_settings(directory, backend)
+        template = None
+        if chat_template is None:
+            if settings.chat_template is not None:
+                origin = f"the chat template of {directory}"
+                template = ChatTemplate(settings.chat_template, settings.special_tokens, origin)
+        elif chat_template.lower() != "none":
+            source = _read_template(Path(chat_template))
+            template = ChatTemplate(source, settings.special_tokens, chat_template)
+        return cls(backend, settings, template)
+
+    @property
+    def bos_id(self) -> int | None:
+        """The token that starts a text, where the tokenizer has one."""
+        return self._settings.bos_id
+
+    @property
+    def eos_id(self) -> int | None:
+        """The token that ends a text, where the tokenizer has one."""
+        return self._settings.eos_id
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Every token that ends generation: `eos_id` and those of the model's own configs."""
+        return self._settings.stop_ids
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of tokens, those added to the base vocabulary included."""
+        return int(self._backend.get_vocab_size(with_added_tokens=True))
+
+    @property
+    def chat_template(self) -> str | None:
+        """The text of the chat template in use, if there is one."""
+        return None if self.template is None else self.template.source
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The ids of a text.
+
+        Args:
+            text: Any text that can be written as UTF-8.
+            add_special_tokens: Add what the tokenizer puts around a text, such as BOS.
+
+        Returns:
+            The ids.
+
+        Raises:
+            DataError: The text holds half of a surrogate pair.
+        """
+        return list(self._encode(text, add_special_tokens).ids)
+
+    def encode_with_offsets(
+        self, text: str, add_special_tokens: bool = True
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids of a text, and for each the characters `text[start:end]` that it came from.
+
+        Added special tokens have the empty span (0, 0).
+
+        Raises:
+            DataError: The text holds half of a surrogate pair.
+        """
+        encoding = self._encode(text, add_special_tokens)
+        return list(encoding.ids), list(encoding.offsets)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
+        try:
+            return self._backend.encode(text, add_special_tokens=add_special_tokens)
+        except (TypeError, UnicodeEncodeError):
+            problem = unencodable(text)
+            if problem is None:
+                raise
+            raise DataError(f"the text cannot be tokenised: {problem}") from None
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of some ids."""
+        text = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        return str(text)
+
+    def token(self, token_id: int) -> str | None:
+        """The vocabulary's own spelling of one id; None for an id that it does not hold."""
+        token: str | None = self._backend.id_to_token(token_id)
+        return token
+
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """A conversation as text; encode it with `add_special_tokens=False`.
+
+        Args:
+            messages: The turns, each with `role` and `content`.
+            add_generation_prompt: End with the header that opens an assistant turn.
+            tools: Tool descriptions, for templates that list them.
+
+        Returns:
+            The rendered text.
+
+        Raises:
+            DataError: There is no chat template, or it refuses these messages.
+        """
+        if self.template is None:
+            raise DataError(
+                "this tokenizer has no chat template, so a conversation cannot be written as "
+                "text. Pass one with --chat-template FILE."
+            )
+        return self.template.render(messages, add_generation_prompt, tools)
+
+
+class StreamDecoder:
+    """Text of a growing list of ids, piece by piece, each piece final.
+
+    Joining every `push` and the `finish` gives `decode(all ids)` exactly. A token's text depends
+    on its neighbours in three ways, and each decides what must wait:
+
+    - A character may be spread over tokens: a trailing U+FFFD is held back until it is whole.
+    - A run of byte tokens (`<0xF0>`) is judged as one, so it waits for the token that ends it.
+    - The first token of a text may lose its leading space, so a window of ids is decoded together
+      with the window before it, never alone.
+
+    Args:
+        tokenizer: The tokenizer that decodes.
+        skip_special_tokens: Leave special tokens out of the text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._context: list[int] = []
+        self._context_length = 0
+        self._pending: list[int] = []
+        self._emitted = 0
+
+    def push(self, token_id: int) -> str:
+        """Add one id; returns the text that has become final, which is often empty."""
+        if self._skip and token_id in self._tokenizer.special_ids:
+            return ""
+        self._pending.append(token_id)
+        if _is_byte_token(self._tokenizer.token(token_id)):
+            return ""
+        return self._emit(final=False)
+
+    def finish(self) -> str:
+        """The rest of the text, as it stands: nothing more will come."""
+        return self._emit(final=True)
+
+    def _emit(self, final: bool) -> str:
+        text = self._decode(self._context + self._pending)[self._context_length :]
+        ready = text if final else text.rstrip(_REPLACEMENT)
+        piece = ready[self._emitted :]
+        self._emitted = len(ready)
+        if text and ready == text:
+            self._context, self._pending, self._emitted = self._pending, [], 0
+            self._context_length = len(self._decode(self._context))
+        return piece
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, self._skip)
+
+
+def unencodable(text: str) -> str | None:
+    """What keeps a text from being written as UTF-8, or None where nothing does."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = text[error.start].encode("unicode_escape").decode("ascii")
+        return f"character {error.start + 1} is {half}, half of a surrogate pair"
+    return None
+
+
+def decode_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterable[str]:
+    """The non-empty pieces of a stream of ids, in order."""
+    decoder = StreamDecoder(tokenizer)
+    for token_id in ids:
+        if piece := decoder.push(token_id):
+            yield piece
+    if piece := decoder.finish():
+        yield piece
+
+
+def _is_byte_token(token: str | None) -> bool:
+    if token is None or len(token) != 6 or not (token.startswith("<0x") and token[5] == ">"):
+        return False
+    return all(digit in "0123456789abcdefABCDEF" for digit in token[3:5])
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigError(
+            f"cannot read the chat template {path}: {reason}. Pass a file with a Jinja template, "
+            "or 'none' to use no chat template."
+        ) from None

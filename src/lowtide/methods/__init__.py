@@ -1,0 +1,108 @@
+"""Methods by name, and the gradients of one batch.
+
+A new method is one file and one line in METHODS.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from torch import Tensor
+
+from lowtide.errors import ConfigError, DataError, TrainingError
+from lowtide.model.adapter import Adapter
+from lowtide.model.batch import Batch
+from lowtide.model.decoder import Decoder
+
+from .autograd import Autograd
+from .base import GradSink, Method, Step
+from .mesp import Mesp
+
+__all__ = ["METHODS", "GradSink", "Gradients", "Method", "Step", "get_method", "gradients"]
+
+METHODS: dict[str, Callable[[], Method]] = {"mesp": Mesp, "autograd": Autograd}
+
+
+def get_method(name: str) -> Method:
+    """A fresh instance of the method of that name.
+
+    Raises:
+        ConfigError: there is no such method.
+    """
+    if name not in METHODS:
+        near = get_close_matches(name, METHODS, 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"unknown method {name!r}; choose {', '.join(METHODS)}.{hint}")
+    return METHODS[name]()
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Result of `gradients`: mean loss per labelled token, their number, gradients by PEFT name."""
+
+    loss: float
+    n_tokens: int
+    grads: dict[str, Tensor]
+
+
+class _Collect:
+    """A sink that keeps every gradient."""
+
+    def __init__(self) -> None:
+        self.grads: dict[str, Tensor] = {}
+
+    def add(self, name: str, grad: Tensor) -> None:
+        self.grads[name] = grad
+
+
+def gradients(
+    model: Decoder,
+    adapter: Adapter,
+    batch: Batch,
+    method: str | Method = "mesp",
+    dropout_seed: int | None = None,
+) -> Gradients:
+    """Gradients of the mean loss per labelled token, for every LoRA parameter.
+
+    Args:
+        model: the frozen model.
+        adapter: the LoRA matrices.
+        batch: sequences and labels.
+        method: a name out of METHODS, or an instance (which keeps its buffers).
+        dropout_seed: seed of LoRA dropout; None turns it off.
+
+    Returns:
+        Loss in nats, labelled tokens, and gradients shaped like their parameters.
+
+    Raises:
+        ConfigError: there is no such method.
+        DataError: no position carries a label, or a sequence does not fit the model.
+        TrainingError: the loss is not finite.
+    """
+    chosen = get_method(method) if isinstance(method, str) else method
+    check_batch(model, batch)
+    sink = _Collect()
+    total = chosen.step(model, adapter, batch, sink, Step(1.0 / batch.n_tokens, dropout_seed))
+    if not math.isfinite(total):
+        raise TrainingError(
+            f"the loss is {total}: the weights or the adapter hold values that are not finite."
+        )
+    grads = {name: sink.grads[name] for name, _ in adapter.items()}
+    return Gradients(total / batch.n_tokens, batch.n_tokens, grads)
+
+
+def check_batch(model: Decoder, batch: Batch) -> None:
+    """Refuse a batch that the model cannot take or learn from.
+
+    Raises:
+        DataError: says which.
+    """
+    model.check_sequences(batch.lengths, batch.largest_id)
+    if batch.n_tokens == 0:
+        raise DataError(
+            "no position of this batch carries a label, so there is nothing to learn from. A "
+            "sequence needs at least two tokens and one label that is not -100 after the first."
+        )

@@ -1,0 +1,1 @@
+"""What a decoder is, its only block, its adapters, and the readable reference."""

@@ -1,0 +1,1 @@
+"""Open a checkpoint, map it, hand out tiles."""

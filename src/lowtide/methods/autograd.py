@@ -1,0 +1,37 @@
+"""The plain reference: autograd over the readable forward, everything kept. Exact."""
+
+from __future__ import annotations
+
+import torch
+
+from lowtide.model.adapter import Adapter
+from lowtide.model.batch import Batch
+from lowtide.model.decoder import Decoder
+from lowtide.model.reference import reference_loss
+
+from .base import GradSink, Step
+
+
+class Autograd:
+    """Memory grows with every activation of every block; use it as a truth, not to train."""
+
+    name = "autograd"
+    exact = True
+
+    def step(
+        self, model: Decoder, adapter: Adapter, batch: Batch, sink: GradSink, step: Step
+    ) -> float:
+        """See `Method.step`."""
+        leaves = {name: p.detach().requires_grad_() for name, p in adapter.items()}
+        with torch.enable_grad():
+            tracked = Adapter(adapter.config, leaves)
+            loss = reference_loss(model, tracked, batch, step.dropout_seed)
+            grads = torch.autograd.grad(loss * step.scale, list(leaves.values()))
+        for name, grad in zip(leaves, grads, strict=True):
+            sink.add(name, grad)
+        return float(loss.detach())
+
+    def loss(self, model: Decoder, adapter: Adapter | None, batch: Batch) -> float:
+        """See `Method.loss`."""
+        with torch.no_grad():
+            return float(reference_loss(model, adapter, batch))

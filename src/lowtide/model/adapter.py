@@ -1,0 +1,205 @@
+"""LoRA adapters: settings, initialisation and PEFT's names.
+
+Files are read and written by `lowtide.export.peft`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lowtide.errors import ConfigError
+from lowtide.ops.lora_linear import Lora
+
+from .spec import LINEARS, ModelSpec
+
+if TYPE_CHECKING:
+    from .decoder import Decoder
+
+ALL_LINEAR = "all-linear"
+_PREFIX = "base_model.model.model.layers."
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Settings of an adapter, under PEFT's names.
+
+    Attributes:
+        r: rank.
+        lora_alpha: the adapter's output is scaled by `lora_alpha / r`.
+        lora_dropout: probability of dropping an element of the adapter's input in training.
+        target_modules: `all-linear`, or module names such as `q_proj` or `self_attn.q_proj`.
+    """
+
+    r: int = 8
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
+    target_modules: str | Sequence[str] = ALL_LINEAR
+
+    def __post_init__(self) -> None:
+        """Refuse values that no adapter can have.
+
+        Raises:
+            ConfigError: names the value and the range.
+        """
+        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
+            raise ConfigError(f"lora r is {self.r!r}; expected a whole number of at least 1.")
+        alpha = self.lora_alpha
+        if not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha <= 0:
+            raise ConfigError(f"lora_alpha is {alpha!r}; expected a positive number.")
+        dropout = self.lora_dropout
+        if not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
+            raise ConfigError(f"lora_dropout is {dropout!r}; expected 0 <= lora_dropout < 1.")
+
+    @property
+    def scale(self) -> float:
+        """`lora_alpha / r`."""
+        return self.lora_alpha / self.r
+
+    def linears(self) -> tuple[str, ...]:
+        """The targeted names out of LINEARS, in block order.
+
+        Raises:
+            ConfigError: a name matches no linear, or there are none.
+        """
+        names = self.target_modules
+        if isinstance(names, str):
+            names = [part.strip() for part in names.split(",") if part.strip()]
+        if list(names) == [ALL_LINEAR]:
+            return LINEARS
+        known = {linear.split(".")[-1]: linear for linear in LINEARS}
+        known |= {linear: linear for linear in LINEARS}
+        unknown = [name for name in names if name not in known]
+        if unknown or not names:
+            reason = "the output head is frozen in this method" if "lm_head" in unknown else ""
+            raise ConfigError(
+                f"target_modules {', '.join(map(repr, unknown)) or 'is empty'}: not a linear of "
+                f"this model{' (' + reason + ')' if reason else ''}. Choose {ALL_LINEAR!r} or "
+                f"names among {', '.join(linear.split('.')[-1] for linear in LINEARS)}."
+            )
+        chosen = {known[name] for name in names}
+        return tuple(linear for linear in LINEARS if linear in chosen)
+
+
+def parameter_name(layer: int, linear: str, part: str) -> str:
+    """PEFT's name of a LoRA matrix; `part` is `A` or `B`."""
+    return f"{_PREFIX}{layer}.{linear}.lora_{part}.weight"
+
+
+class Adapter:
+    """LoRA matrices of a model: `A (r, in)` and `B (out, r)` per adapted linear."""
+
+    def __init__(self, config: LoraConfig, parameters: dict[str, Tensor]) -> None:
+        """Wrap matrices by PEFT name; use `create` or `load`."""
+        self.config = config
+        self.parameters = parameters
+
+    @classmethod
+    def create(cls, model: Decoder, config: LoraConfig | None = None, seed: int = 0) -> Adapter:
+        """A fresh adapter as PEFT initialises it: A Kaiming-uniform (a = sqrt 5), B zero.
+
+        Args:
+            model: the model it will adapt.
+            config: settings; the defaults when None.
+            seed: of A's values.
+
+        Returns:
+            An adapter whose matrices are views of one tensor in the compute dtype.
+
+        Raises:
+            ConfigError: target_modules names no linear of the model.
+        """
+        config = config or LoraConfig()
+        shapes = adapter_shapes(model.spec, config)
+        total = sum(math.prod(shape) for shape in shapes.values())
+        flat = torch.zeros(total, dtype=model.compute_dtype)
+        generator = torch.Generator().manual_seed(seed)
+        parameters: dict[str, Tensor] = {}
+        start = 0
+        for name, shape in shapes.items():
+            parameters[name] = flat[start : start + math.prod(shape)].view(shape)
+            start += math.prod(shape)
+            if ".lora_A." in name:
+                bound = 1.0 / math.sqrt(shape[1])
+                draw = torch.rand(shape, generator=generator, dtype=torch.float32)
+                parameters[name].copy_(draw.mul_(2 * bound).sub_(bound))
+        return cls(config, parameters)
+
+    @classmethod
+    def load(cls, directory: str | Path, model: Decoder) -> Adapter:
+        """Read a PEFT adapter directory.
+
+        Args:
+            directory: holds adapter_config.json and adapter_model.safetensors.
+            model: the model it must fit.
+
+        Returns:
+            The adapter in the model's compute dtype.
+
+        Raises:
+            AdapterError: a file is missing or broken, the kind of adapter is not supported, or it
+                does not fit the model; all mismatches are listed.
+        """
+        from lowtide.export.peft import load_adapter
+
+        return load_adapter(Path(directory), model)
+
+    def save(self, directory: str | Path, base_model: str | None = None) -> None:
+        """Write the adapter as PEFT's two files, each replaced atomically.
+
+        Args:
+            directory: made if it does not exist.
+            base_model: what `base_model_name_or_path` should say.
+
+        Raises:
+            OutputError: the directory cannot be written or the disk is too full.
+        """
+        from lowtide.export.peft import save_adapter
+
+        save_adapter(self, Path(directory), base_model)
+
+    @property
+    def n_parameters(self) -> int:
+        """Trainable parameters."""
+        return sum(p.numel() for p in self.parameters.values())
+
+    def lora(self, layer: int, linear: str, dropout_seed: int | None) -> Lora | None:
+        """The matrices on one linear, or None where it is not adapted.
+
+        Args:
+            layer: 0-based block.
+            linear: name out of LINEARS.
+            dropout_seed: of this micro-batch; None turns dropout off.
+
+        Returns:
+            References to the matrices, with a seed of its own for each linear.
+        """
+        a = self.parameters.get(parameter_name(layer, linear, "A"))
+        if a is None:
+            return None
+        b = self.parameters[parameter_name(layer, linear, "B")]
+        if dropout_seed is None or self.config.lora_dropout == 0.0:
+            return Lora(a, b, self.config.scale)
+        own = (dropout_seed * 1_000_003 + layer * len(LINEARS) + LINEARS.index(linear)) * 0x9E3779B1
+        return Lora(a, b, self.config.scale, self.config.lora_dropout, own & (1 << 62) - 1)
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """(PEFT name, matrix) of every parameter."""
+        return iter(self.parameters.items())
+
+
+def adapter_shapes(spec: ModelSpec, config: LoraConfig) -> dict[str, tuple[int, int]]:
+    """Shape by PEFT name of every LoRA matrix, in block order."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for layer in range(spec.num_layers):
+        for linear in config.linears():
+            rows, cols = spec.linear_shape(linear)
+            shapes[parameter_name(layer, linear, "A")] = (config.r, cols)
+            shapes[parameter_name(layer, linear, "B")] = (rows, config.r)
+    return shapes

@@ -1,0 +1,184 @@
+"""A loaded decoder: its spec, its mapped weights, and blocks assembled with an adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowtide.errors import ConfigError, DataError
+from lowtide.ops.attention import Heads, Segment, self_segments
+from lowtide.ops.glu import Glu
+from lowtide.ops.lora_linear import Linear, Lora
+from lowtide.weights.checkpoint import Checkpoint
+from lowtide.weights.matrix import MappedMatrix
+
+from .block import Block, Positions
+from .families import read_config, spec_from_config
+from .hub import resolve_model
+from .rope import rope_tables
+from .spec import EMBEDDING, FINAL_NORM, HEAD, INPUT_NORM, LINEARS, MLP_NORM, ModelSpec
+
+if TYPE_CHECKING:
+    from .adapter import Adapter
+
+COMPUTE_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+class FrozenLinear(NamedTuple):
+    """A linear of the checkpoint: mapped weight, and its bias in the compute dtype."""
+
+    weight: MappedMatrix
+    bias: Tensor | None
+
+
+class Decoder:
+    """A frozen model on mapped weights. Norm weights and biases, which are tiny, are widened."""
+
+    def __init__(
+        self, spec: ModelSpec, checkpoint: Checkpoint, dtype: torch.dtype, dtype_reason: str
+    ) -> None:
+        """Check the checkpoint against the spec and wrap its tensors; use `load_model`."""
+        optional = [HEAD] if spec.tied_head else []
+        checkpoint.check(spec.tensor_shapes(), optional)
+        self.spec = spec
+        self.checkpoint = checkpoint
+        self.compute_dtype = dtype
+        self.dtype_reason = dtype_reason
+        self.embedding = MappedMatrix(checkpoint[EMBEDDING], dtype)
+        head = EMBEDDING if spec.tied_head else HEAD
+        self.head = MappedMatrix(checkpoint[head], dtype)
+        self.final_norm = checkpoint[FINAL_NORM].to(dtype)
+        self.linears: list[dict[str, FrozenLinear]] = []
+        self.norms: list[tuple[Tensor, Tensor]] = []
+        for layer in range(spec.num_layers):
+            prefix = f"model.layers.{layer}."
+            self.linears.append({name: self._linear(prefix + name, name) for name in LINEARS})
+            self.norms.append(
+                (checkpoint[prefix + INPUT_NORM].to(dtype), checkpoint[prefix + MLP_NORM].to(dtype))
+            )
+
+    @property
+    def directory(self) -> Path:
+        """Where the model was loaded from."""
+        return self.checkpoint.directory
+
+    @property
+    def stored_dtypes(self) -> list[str]:
+        """Dtypes found in the files, by name."""
+        names = {str(self.checkpoint[n].dtype) for n in self.spec.tensor_shapes()}
+        return sorted(name.removeprefix("torch.") for name in names)
+
+    def _linear(self, prefix: str, name: str) -> FrozenLinear:
+        weight = MappedMatrix(self.checkpoint[prefix + ".weight"], self.compute_dtype)
+        if name not in self.spec.biased:
+            return FrozenLinear(weight, None)
+        return FrozenLinear(weight, self.checkpoint[prefix + ".bias"].to(self.compute_dtype))
+
+    def block(self, layer: int, adapter: Adapter | None, dropout_seed: int | None) -> Block:
+        """Weights of block `layer` with the adapter's matrices on them.
+
+        Args:
+            layer: 0-based.
+            adapter: LoRA matrices, or None for the base model.
+            dropout_seed: this micro-batch's seed for LoRA dropout; None turns dropout off.
+
+        Returns:
+            References only; nothing is copied.
+        """
+        parts: dict[str, Linear] = {}
+        for name, frozen in self.linears[layer].items():
+            lora: Lora | None = None
+            if adapter is not None:
+                lora = adapter.lora(layer, name, dropout_seed)
+            parts[name] = Linear(frozen.weight, frozen.bias, lora)
+        q, k, v, o, gate, up, down = (parts[name] for name in LINEARS)
+        norms = self.norms[layer]
+        return Block(norms[0], norms[1], q, k, v, o, Glu(gate, up, down), self.spec.rms_norm_eps)
+
+    def heads(self) -> Heads:
+        """The division of q, k and v into heads."""
+        return Heads(self.spec.num_heads, self.spec.num_kv_heads, self.spec.head_dim)
+
+    def positions(self, lengths: Sequence[int]) -> Positions:
+        """Segments and rotary tables of sequences laid end to end.
+
+        Args:
+            lengths: tokens of each sequence.
+
+        Returns:
+            Tables of `2 T head_dim / 2` elements.
+        """
+        places = torch.cat([torch.arange(length) for length in lengths])
+        return self.positions_at(places, self_segments(lengths))
+
+    def positions_at(self, places: Tensor, segments: Sequence[Segment]) -> Positions:
+        """Rotary tables at given positions `(T,)`, with given segments."""
+        spec = self.spec
+        cos, sin = rope_tables(spec.rope, spec.head_dim, places, self.compute_dtype)
+        return Positions(segments, self.heads(), cos, sin)
+
+    def check_sequences(self, lengths: Sequence[int], largest_id: int) -> None:
+        """Refuse what the model has no positions or no embedding for.
+
+        Raises:
+            DataError: a sequence is too long, or a token id is not in the vocabulary.
+        """
+        if max(lengths) > self.spec.max_positions:
+            raise DataError(
+                f"a sequence has {max(lengths)} tokens, and the model has positions for "
+                f"{self.spec.max_positions} (max_position_embeddings in config.json). Lower "
+                "--max-seq-length, or cut the sequence."
+            )
+        if largest_id >= self.spec.vocab_size:
+            raise DataError(
+                f"token id {largest_id} is outside the model's vocabulary of "
+                f"{self.spec.vocab_size}; the tokenizer belongs to another model. Pass the right "
+                "one with --tokenizer."
+            )
+
+
+def choose_compute_dtype(requested: str | None) -> tuple[torch.dtype, str]:
+    """The dtype of activations and products, and why.
+
+    Raises:
+        ConfigError: the name is not one of COMPUTE_DTYPES.
+    """
+    if requested is None:
+        return torch.float32, (
+            "float32: gradients are exact to rounding, and most CPUs multiply float32 at full "
+            "speed but bfloat16 several times slower; 16-bit weights stay 16-bit in the file and "
+            "are widened tile by tile"
+        )
+    if requested not in COMPUTE_DTYPES:
+        raise ConfigError(
+            f"compute dtype {requested!r} is not supported; choose one of "
+            f"{', '.join(COMPUTE_DTYPES)}."
+        )
+    return COMPUTE_DTYPES[requested], f"{requested}: asked for"
+
+
+def load_model(model: str | Path, compute_dtype: str | torch.dtype | None = None) -> Decoder:
+    """Open a model for training or generation, on mapped weights.
+
+    Args:
+        model: a local Hugging Face directory, or a hub id such as `Qwen/Qwen2.5-0.5B`.
+        compute_dtype: `float32` or `float64`, by name or as a torch dtype; None chooses and
+            keeps the reason in `dtype_reason`.
+
+    Returns:
+        The decoder. Weights are not read until they are used.
+
+    Raises:
+        ModelError: the model cannot be found, read, or is of a kind that is not supported.
+        ConfigError: the compute dtype is not supported.
+    """
+    if isinstance(compute_dtype, torch.dtype):
+        compute_dtype = str(compute_dtype).removeprefix("torch.")
+    dtype, reason = choose_compute_dtype(compute_dtype)
+    directory = resolve_model(str(model))
+    spec = spec_from_config(read_config(directory))
+    return Decoder(spec, Checkpoint.open(directory), dtype, reason)

@@ -1,0 +1,119 @@
+"""The structured pass over a whole model: embedding, blocks, final norm, loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowtide.ops.cross_entropy import cross_entropy
+from lowtide.ops.frozen import matmul_
+from lowtide.ops.rmsnorm import rmsnorm_backward_, rmsnorm_forward
+
+from .adapter import Adapter
+from .batch import Batch
+from .block import Positions, block_forward
+from .decoder import Decoder
+from .workspace import Workspace
+
+
+def blocks_forward(
+    model: Decoder,
+    adapter: Adapter | None,
+    inputs: Tensor,
+    at: Positions,
+    ws: Workspace,
+    dropout_seed: int | None = None,
+) -> Tensor:
+    """Run every block from `inputs[0]`.
+
+    Args:
+        model: the frozen model.
+        adapter: LoRA matrices, or None.
+        inputs: `(num_layers + 1, T, H)` keeps every block's input, `(2, T, H)` keeps none: the
+            two rows are used in turn. Row 0 holds the embeddings.
+        at: segments and rotary tables.
+        ws: buffers.
+        dropout_seed: of LoRA dropout, or None for none.
+
+    Returns:
+        The last block's output, a row of `inputs`.
+    """
+    rows = inputs.shape[0]
+    for layer in range(model.spec.num_layers):
+        block = model.block(layer, adapter, dropout_seed)
+        block_forward(inputs[layer % rows], block, at, ws, out=inputs[(layer + 1) % rows])
+    return inputs[model.spec.num_layers % rows]
+
+
+def loss_forward(model: Decoder, x: Tensor, batch: Batch, ws: Workspace) -> Tensor:
+    """Losses of the labelled positions, without a gradient.
+
+    Args:
+        model: for the final norm and the head.
+        x: `(T, H)`, the last block's output.
+        batch: for the labels.
+        ws: buffers.
+
+    Returns:
+        `(n_tokens,)` losses in nats.
+    """
+    chosen, n, label_rows, labels, _ = _labelled(model, x, batch, ws)
+    del chosen
+    return cross_entropy(
+        n, model.head, labels, label_rows=label_rows, dn=None, buffers=ws.loss
+    )
+
+
+def loss_backward_(
+    model: Decoder, x: Tensor, batch: Batch, ws: Workspace, *, scale: float
+) -> Tensor:
+    """Losses, and `x` turned into the gradient of `scale * sum(losses)`, in place.
+
+    Args:
+        model: for the final norm and the head.
+        x: `(T, H)`, the last block's output; overwritten with its gradient.
+        batch: for the labels.
+        ws: buffers.
+        scale: usually 1 / labelled tokens of the whole update.
+
+    Returns:
+        `(n_tokens,)` losses in nats.
+    """
+    chosen, n, label_rows, labels, rstd = _labelled(model, x, batch, ws)
+    dn = ws.wide(4, *n.shape)
+    losses = cross_entropy(n, model.head, labels, label_rows=label_rows, dn=dn, buffers=ws.loss)
+    dx = ws.wide(3, *n.shape).zero_()
+    rmsnorm_backward_(dx, dn.mul_(scale), chosen, model.final_norm, rstd, scratch=n)
+    x.zero_().index_copy_(0, batch.labelled, dx)
+    return losses
+
+
+def _labelled(
+    model: Decoder, x: Tensor, batch: Batch, ws: Workspace
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Labelled rows of x, their norm, a buffer for E[labels], the labels, and rstd."""
+    places = batch.labelled
+    count, hidden = len(places), x.shape[1]
+    chosen = torch.index_select(x, 0, places, out=ws.wide(1, count, hidden))
+    n = ws.wide(0, count, hidden)
+    rstd = rmsnorm_forward(chosen, model.final_norm, model.spec.rms_norm_eps, out=n)
+    return chosen, n, ws.wide(2, count, hidden), batch.targets[places], rstd
+
+
+def embed(model: Decoder, ids: Tensor, out: Tensor) -> None:
+    """`out (T, H) = E[ids]` in the compute dtype."""
+    model.embedding.take(ids, out)
+
+
+def head_logits(model: Decoder, x: Tensor, ws: Workspace) -> Tensor:
+    """Full logits `(T, V)` of the last block's output `x (T, H)`: for generation and tests."""
+    n = ws.wide(0, *x.shape)
+    rmsnorm_forward(x, model.final_norm, model.spec.rms_norm_eps, out=n)
+    out = x.new_empty(x.shape[0], model.spec.vocab_size)
+    matmul_(out, n, model.head, ws.tile)
+    return out
+
+
+def workspace_for(model: Decoder, max_tokens: int, max_length: int) -> Workspace:
+    """Buffers for batches of that many tokens and that longest sequence."""
+    return Workspace(model.spec, max_tokens, max_length, model.compute_dtype)

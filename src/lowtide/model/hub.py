@@ -1,0 +1,62 @@
+"""A model given by path or by hub id becomes a local directory."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from lowtide.errors import ModelError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+
+
+def resolve_model(model: str) -> Path:
+    """A local directory for `model`, downloading from the hub when it is an id.
+
+    Args:
+        model: a path, or an id such as `Qwen/Qwen2.5-0.5B`.
+
+    Returns:
+        The directory. Whether it holds a usable model is for the caller to find out.
+
+    Raises:
+        ModelError: the path is empty, or the id cannot be found, reached or may not be read.
+    """
+    if not model.strip():
+        raise ModelError(
+            "the model is an empty path; give a directory or a hub id such as Qwen/Qwen2.5-0.5B."
+        )
+    path = Path(model).expanduser()
+    if path.exists() or not _HUB_ID.fullmatch(model):
+        return path
+    return _download(model)
+
+
+def _download(repo: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub import errors as hub
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=_WANTED))
+    except hub.GatedRepoError as error:
+        raise ModelError(
+            f"{repo} is gated on the Hugging Face hub. Accept its terms on "
+            f"https://huggingface.co/{repo}, then run `hf auth login` and try again."
+        ) from error
+    except hub.RepositoryNotFoundError as error:
+        raise ModelError(
+            f"there is no directory {repo!r} here and no such model on the Hugging Face hub (or it "
+            "is private: run `hf auth login`). Check the spelling."
+        ) from error
+    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, OSError) as error:
+        raise ModelError(
+            f"there is no directory {repo!r} here, it is not in the local hub cache, and the "
+            f"Hugging Face hub cannot be reached ({type(error).__name__}). Go online once to "
+            "download it, or give the path of a local model directory."
+        ) from error
+    except hub.HfHubHTTPError as error:
+        raise ModelError(
+            f"downloading {repo} from the Hugging Face hub failed: {error}. Try again later, or "
+            "give the path of a local model directory."
+        ) from error

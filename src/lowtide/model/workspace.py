@@ -1,0 +1,84 @@
+"""The buffers of a step: allocated once for the largest batch and reused by every block.
+
+Five hidden-sized buffers, four of key/value width, one region of widened weight tiles, one of MLP
+columns or logits, and two of attention scores. The roles below never overlap in time:
+
+    wide[0]  n         normalised rows: attention's, then the MLP's, then attention's again
+    wide[1]  q         queries, then their gradient; the final norm's labelled rows in the loss
+    wide[2]  o         attention output; E[label] in the loss
+    wide[3]  mid       the residual between attention and MLP, then the gradient of o
+    wide[4]  dn        gradient of a norm's output, and scratch of rope
+    narrow   k, v, dk, dv
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowtide.ops.attention import score_elements
+from lowtide.ops.cross_entropy import LossBuffers
+from lowtide.ops.glu import GluBuffers
+
+from .spec import ModelSpec
+
+_TILE_ELEMENTS = 288 * 1024
+_ACTIVATION_ELEMENTS = 128 * 1024
+_MIN_WIDTH, _MAX_WIDTH = 64, 512
+
+
+def mlp_tile_width(spec: ModelSpec, tokens: int) -> int:
+    """Columns of the intermediate size that one MLP tile covers.
+
+    About 1 MB of float32 weight per tile, narrower for long batches so that the activations of a
+    tile stay small too; at least 64 so that products stay efficient.
+    """
+    by_weight = _TILE_ELEMENTS // spec.hidden_size
+    by_tokens = max(128, _ACTIVATION_ELEMENTS // max(1, tokens))
+    width = max(_MIN_WIDTH, min(by_weight, by_tokens, _MAX_WIDTH))
+    return min(width, spec.intermediate_size)
+
+
+class Workspace:
+    """Buffers for batches of up to `max_tokens` tokens in sequences of up to `max_length`.
+
+    Pages that a smaller batch does not touch are never backed by memory.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, max_tokens: int, max_length: int, dtype: torch.dtype
+    ) -> None:
+        """Allocate everything, without touching it."""
+        self.spec = spec
+        self.max_tokens = max_tokens
+        self.max_length = max_length
+        self.dtype = dtype
+        width = mlp_tile_width(spec, max_tokens)
+        wide = max_tokens * max(spec.hidden_size, spec.q_width)
+        self._wide = [torch.empty(wide, dtype=dtype) for _ in range(5)]
+        self._narrow = [torch.empty(max_tokens * spec.kv_width, dtype=dtype) for _ in range(4)]
+        self.tile = torch.empty(3 * width * spec.hidden_size, dtype=dtype)
+        self._columns = torch.empty(4 * width * max_tokens, dtype=dtype)
+        scores = score_elements(max_length)
+        self.scores = [torch.empty(scores, dtype=dtype) for _ in range(2)]
+        self.glu = GluBuffers(
+            tiles=self.tile.chunk(3), activations=self._columns.chunk(4), width=width
+        )
+        self.loss = LossBuffers(tile=self.tile, logits=self._columns)
+
+    def fits(self, tokens: int, length: int) -> bool:
+        """Whether a batch of that many tokens and that longest sequence fits."""
+        return tokens <= self.max_tokens and length <= self.max_length
+
+    def wide(self, index: int, tokens: int, width: int) -> Tensor:
+        """Hidden-sized buffer `index` as `(tokens, width)`."""
+        return self._wide[index][: tokens * width].view(tokens, width)
+
+    def narrow(self, index: int, tokens: int) -> Tensor:
+        """Key/value-sized buffer `index` as `(tokens, kv_width)`."""
+        width = self.spec.kv_width
+        return self._narrow[index][: tokens * width].view(tokens, width)
+
+    def rope_scratch(self) -> Tensor:
+        """A flat buffer that is free whenever rope runs."""
+        return self._wide[4]

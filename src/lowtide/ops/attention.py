@@ -1,0 +1,198 @@
+"""Causal grouped-query attention over ragged segments, in tiles of queries.
+
+    S = scale Q K^T (keys up to the query)   P = softmax(S)   O = P V   lse = logsumexp(S)
+    backward: P = exp(S - lse), D = rowsum(dO * O)
+              dV += P^T dO   dS = P * (dO V^T - D)   dQ = scale dS K   dK += scale dS^T Q
+
+as in FlashAttention (arXiv 2205.14135), with one softmax per row tile because a tile sees all of its
+keys. The `g` query heads that share a key/value head are folded into rows, so that K and V are never
+repeated. Saved: `lse (T, heads)`. A score tile holds at most `score_elements` numbers: memory grows
+with T, not with T^2, and keys above the diagonal are skipped tile by tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Segment(NamedTuple):
+    """One sequence: its query rows and its key rows. The last query sees the last key."""
+
+    q_start: int
+    q_stop: int
+    k_start: int
+    k_stop: int
+
+
+class Heads(NamedTuple):
+    """How the columns of q `(T, num * dim)` and of k and v `(T, num_kv * dim)` are divided."""
+
+    num: int
+    num_kv: int
+    dim: int
+
+    @property
+    def group(self) -> int:
+        """Query heads per key/value head."""
+        return self.num // self.num_kv
+
+
+def self_segments(lengths: Sequence[int]) -> list[Segment]:
+    """Segments of sequences laid end to end, each attending to itself."""
+    segments, start = [], 0
+    for length in lengths:
+        segments.append(Segment(start, start + length, start, start + length))
+        start += length
+    return segments
+
+
+def score_elements(max_keys: int) -> int:
+    """Elements of a score tile: enough rows for an efficient product, linear in the keys."""
+    return max(1 << 17, 64 * max_keys)
+
+
+class _Tile(NamedTuple):
+    """Query rows `[q0, q1)` against key rows `[k0, k1)` for key/value heads `[h0, h1)`."""
+
+    q0: int
+    q1: int
+    k0: int
+    k1: int
+    h0: int
+    h1: int
+
+
+def _tiles(segments: Sequence[Segment], heads: Heads, capacity: int) -> Iterator[_Tile]:
+    """Tiles whose scores fit in `capacity` elements: all kv heads at once where rows stay many."""
+    for segment in segments:
+        num_keys = segment.k_stop - segment.k_start
+        num_queries = segment.q_stop - segment.q_start
+        per_row = heads.group * num_keys
+        # Half the queries at most, so that what lies above the diagonal is mostly skipped.
+        wanted = max(1, min(-(-num_queries // 2), max(16, 64 // heads.group)))
+        kv_heads = max(1, min(heads.num_kv, capacity // max(1, per_row * wanted)))
+        rows = max(1, min(max(wanted, num_queries // 4), capacity // (per_row * kv_heads)))
+        for q0 in range(segment.q_start, segment.q_stop, rows):
+            q1 = min(q0 + rows, segment.q_stop)
+            k1 = segment.k_stop - (segment.q_stop - q1)
+            for h0 in range(0, heads.num_kv, kv_heads):
+                yield _Tile(q0, q1, segment.k_start, k1, h0, min(h0 + kv_heads, heads.num_kv))
+
+
+def _fold(x: Tensor, tile: _Tile, heads: Heads) -> Tensor:
+    """Rows of q-like `x` as `(kv heads, rows * group, dim)`, contiguous."""
+    rows = x[tile.q0 : tile.q1].view(tile.q1 - tile.q0, heads.num_kv, heads.group, heads.dim)
+    return rows[:, tile.h0 : tile.h1].transpose(0, 1).reshape(tile.h1 - tile.h0, -1, heads.dim)
+
+
+def _unfold_into(folded: Tensor, out: Tensor, tile: _Tile, heads: Heads) -> None:
+    """The inverse of `_fold`: write the tile back into its rows and heads of `out`."""
+    count = tile.q1 - tile.q0
+    rows = out[tile.q0 : tile.q1].view(count, heads.num_kv, heads.group, heads.dim)
+    per_head = folded.view(tile.h1 - tile.h0, count, heads.group, heads.dim)
+    rows[:, tile.h0 : tile.h1].copy_(per_head.transpose(0, 1))
+
+
+def _per_kv_head(x: Tensor, tile: _Tile, heads: Heads) -> Tensor:
+    """Key rows of k-like `x` as a `(kv heads, keys, dim)` view."""
+    keys = x[tile.k0 : tile.k1].view(tile.k1 - tile.k0, heads.num_kv, heads.dim)
+    return keys[:, tile.h0 : tile.h1].transpose(0, 1)
+
+
+def _scores(q: Tensor, k: Tensor, tile: _Tile, heads: Heads, buffer: Tensor) -> Tensor:
+    """Masked `Q K^T` of a tile: `(kv heads, rows * group, keys)`; q is already scaled."""
+    shape = (q.shape[0], q.shape[1], k.shape[1])
+    scores = buffer[: shape[0] * shape[1] * shape[2]].view(shape)
+    torch.bmm(q, k.transpose(1, 2), out=scores)
+    count = tile.q1 - tile.q0
+    future = torch.ones(count, count, dtype=torch.bool, device=q.device).triu_(1)
+    diagonal = scores[:, :, shape[2] - count :].unflatten(1, (count, heads.group))
+    diagonal.masked_fill_(future.unsqueeze(1), float("-inf"))
+    return scores
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: Heads,
+    segments: Sequence[Segment],
+    *,
+    out: Tensor,
+    score: Tensor,
+) -> Tensor:
+    """Attend, segment by segment, each query to the keys at and before its position.
+
+    Args:
+        q: `(T, num * dim)`.
+        k: `(S, num_kv * dim)`; S = T unless earlier keys come from a cache.
+        v: `(S, num_kv * dim)`.
+        heads: the division into heads.
+        segments: which rows belong together.
+        out: `(T, num * dim)`, overwritten; must not overlap `q`.
+        score: flat buffer of at least one row's `group * keys` elements.
+
+    Returns:
+        `lse (T, num)`: T num elements, saved for the backward.
+    """
+    scale = heads.dim**-0.5
+    lse = q.new_empty(q.shape[0], heads.num)
+    for tile in _tiles(segments, heads, score.numel()):
+        keys, values = _per_kv_head(k, tile, heads), _per_kv_head(v, tile, heads)
+        p = _scores(_fold(q, tile, heads).mul_(scale), keys, tile, heads, score)
+        top = p.amax(-1, keepdim=True)
+        total = p.sub_(top).exp_().sum(-1, keepdim=True)
+        folded = torch.bmm(p, values).div_(total)
+        _unfold_into(folded, out, tile, heads)
+        _unfold_into(total.log_().add_(top), lse, tile, heads._replace(dim=1))
+    return lse
+
+
+def attention_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    heads: Heads,
+    segments: Sequence[Segment],
+    *,
+    dk: Tensor,
+    dv: Tensor,
+    scores: Sequence[Tensor],
+) -> None:
+    """Turn `q` into dq in place and overwrite `dk` and `dv`; `do` is left as it was.
+
+    Args:
+        do: `(T, num * dim)`, gradient of the output.
+        q: `(T, num * dim)`, overwritten with its gradient.
+        k: `(T, num_kv * dim)`.
+        v: `(T, num_kv * dim)`.
+        o: `(T, num * dim)`, the forward's output; overwritten with `do * o`.
+        lse: `(T, num)` from the forward.
+        heads: the division into heads.
+        segments: which rows belong together.
+        dk: `(T, num_kv * dim)`, overwritten.
+        dv: `(T, num_kv * dim)`, overwritten.
+        scores: two flat buffers as in the forward.
+    """
+    scale = heads.dim**-0.5
+    dk.zero_()
+    dv.zero_()
+    delta = o.mul_(do).view(o.shape[0], heads.num, heads.dim).sum(-1)
+    per_row = heads._replace(dim=1)
+    for tile in _tiles(segments, heads, scores[0].numel()):
+        keys, values = _per_kv_head(k, tile, heads), _per_kv_head(v, tile, heads)
+        q_tile, do_tile = _fold(q, tile, heads).mul_(scale), _fold(do, tile, heads)
+        p = _scores(q_tile, keys, tile, heads, scores[0])
+        p.sub_(_fold(lse, tile, per_row)).exp_()
+        _per_kv_head(dv, tile, heads).add_(torch.bmm(p.transpose(1, 2), do_tile))
+        ds = torch.bmm(do_tile, values.transpose(1, 2), out=scores[1][: p.numel()].view(p.shape))
+        ds.sub_(_fold(delta, tile, per_row)).mul_(p)
+        _per_kv_head(dk, tile, heads).add_(torch.bmm(ds.transpose(1, 2), q_tile))
+        _unfold_into(torch.bmm(ds, keys).mul_(scale), q, tile, heads)

@@ -1,0 +1,176 @@
+"""SwiGLU MLP in tiles over the intermediate size: nothing `(T, I)` ever exists.
+
+    G = n Wg^T + LoRA   U = n Wu^T + LoRA   act = silu(G) * U   y += act Wd^T + LoRA
+
+Each tile takes columns `[i, j)` of G, U and act: rows `[i, j)` of Wg, Wu and of their B, columns
+`[i, j)` of Wd and of its A. Sums over tiles of `act A_d^T`, `dG B_g` and `dU B_u` give h_down and
+the two dh exactly. The down product itself is not needed in the backward and is not recomputed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .frozen import spans
+from .lora_linear import Emit, Linear, Lora, add_lora_input_gradient_, dropped
+
+
+class Glu(NamedTuple):
+    """The three linears of the MLP."""
+
+    gate: Linear
+    up: Linear
+    down: Linear
+
+
+class GluBuffers(NamedTuple):
+    """Reused buffers: three flat weight tiles of `width * H`, four flat `T * width` activations."""
+
+    tiles: Sequence[Tensor]
+    activations: Sequence[Tensor]
+    width: int
+
+
+def _input_h(n: Tensor, lora: Lora | None) -> Tensor | None:
+    """`h = D(n) A^T (T, r)` of an adapted gate or up projection."""
+    return None if lora is None else dropped(n, lora) @ lora.a.t()
+
+
+def _columns(
+    n: Tensor, linear: Linear, h: Tensor | None, span: tuple[int, int], tile: Tensor, out: Tensor
+) -> Tensor:
+    """Columns `span` of `n W^T + b + s h B^T` into `out`; returns the widened tile of W."""
+    start, stop = span
+    weight = linear.weight.rows(start, stop, tile)
+    torch.mm(n, weight.t(), out=out)
+    if linear.bias is not None:
+        out.add_(linear.bias[start:stop])
+    if linear.lora is not None and h is not None:
+        out.addmm_(h, linear.lora.b[start:stop].t(), alpha=linear.lora.scale)
+    return weight
+
+
+def glu_forward(n: Tensor, mlp: Glu, out: Tensor, buffers: GluBuffers) -> None:
+    """`out += MLP(n)`.
+
+    Args:
+        n: `(T, H)`.
+        mlp: the three linears; intermediate size I.
+        out: `(T, H)`, added to: the residual is already there.
+        buffers: see `GluBuffers`; the activations' first two are used.
+    """
+    tokens = n.shape[0]
+    down = mlp.down.lora
+    h_gate, h_up = _input_h(n, mlp.gate.lora), _input_h(n, mlp.up.lora)
+    h_down = None if down is None else n.new_zeros(tokens, down.a.shape[0])
+    for start, stop in spans(mlp.gate.weight.shape[0], buffers.width):
+        shape = (tokens, stop - start)
+        gate, up = (b[: shape[0] * shape[1]].view(shape) for b in buffers.activations[:2])
+        _columns(n, mlp.gate, h_gate, (start, stop), buffers.tiles[0], gate)
+        _columns(n, mlp.up, h_up, (start, stop), buffers.tiles[0], up)
+        act = torch.nn.functional.silu(gate, inplace=True).mul_(up)
+        out.addmm_(act, mlp.down.weight.cols(start, stop, buffers.tiles[0]).t())
+        if down is not None and h_down is not None:
+            h_down.addmm_(dropped(act, down, start), down.a[:, start:stop].t())
+    if mlp.down.bias is not None:
+        out.add_(mlp.down.bias)
+    if down is not None and h_down is not None:
+        out.addmm_(h_down, down.b.t(), alpha=down.scale)
+
+
+class _Branch:
+    """Gradients of gate or up, summed over the tiles."""
+
+    def __init__(self, n: Tensor, linear: Linear) -> None:
+        self.linear = linear
+        self.h = _input_h(n, linear.lora)
+        self.dh = self.db = None
+        if linear.lora is not None and self.h is not None:
+            self.dh = torch.zeros_like(self.h)
+            self.db = torch.empty_like(linear.lora.b)
+
+    def tile(self, dy: Tensor, start: int, stop: int) -> None:
+        """Take this tile's output gradient `dy (T, stop - start)` into dB and dh."""
+        lora = self.linear.lora
+        if lora is None or self.dh is None or self.db is None or self.h is None:
+            return
+        torch.mm(dy.t(), self.h, out=self.db[start:stop]).mul_(lora.scale)
+        self.dh.addmm_(dy, lora.b[start:stop], alpha=lora.scale)
+
+    def finish(self, n: Tensor, dn: Tensor, emit: Emit) -> None:
+        """Form dA, add the adapter's part of the input gradient to `dn`, emit."""
+        lora = self.linear.lora
+        if lora is None or self.dh is None or self.db is None:
+            return
+        da = self.dh.t() @ dropped(n, lora)
+        add_lora_input_gradient_(dn, self.dh, lora)
+        emit(da, self.db)
+
+
+class _Down:
+    """Gradients of the down projection, whose input is formed tile by tile."""
+
+    def __init__(self, dy: Tensor, lora: Lora | None) -> None:
+        self.lora = lora
+        if lora is not None:
+            self.dh = (dy @ lora.b).mul_(lora.scale)
+            self.h = torch.zeros_like(self.dh)
+            self.da = torch.empty_like(lora.a)
+
+    def input_gradient(self, dact: Tensor, start: int) -> None:
+        """`dact += D'(dh A_d[:, tile])`."""
+        if self.lora is not None:
+            add_lora_input_gradient_(dact, self.dh, self.lora, start)
+
+    def tile(self, act: Tensor, start: int, stop: int) -> None:
+        """Take the tile's activation `act (T, stop - start)` into h and dA."""
+        if self.lora is not None:
+            act_dropped = dropped(act, self.lora, start)
+            self.h.addmm_(act_dropped, self.lora.a[:, start:stop].t())
+            torch.mm(self.dh.t(), act_dropped, out=self.da[:, start:stop])
+
+    def finish(self, dy: Tensor, emit: Emit) -> None:
+        """Form dB and emit."""
+        if self.lora is not None:
+            emit(self.da, (dy.t() @ self.h).mul_(self.lora.scale))
+
+
+def glu_backward(
+    dy: Tensor, n: Tensor, mlp: Glu, dn: Tensor, buffers: GluBuffers, *, emits: Sequence[Emit]
+) -> None:
+    """`dn = d MLP(n) / dn` applied to `dy`, recomputing each tile of G and U from `n`.
+
+    Args:
+        dy: `(T, H)`, gradient of the output.
+        n: `(T, H)`, the forward's input; all that the backward needs of it.
+        mlp: the three linears.
+        dn: `(T, H)`, overwritten.
+        buffers: see `GluBuffers`.
+        emits: one per linear (gate, up, down), called with its (dA, dB).
+    """
+    tokens = n.shape[0]
+    dn.zero_()
+    gate_grads, up_grads = _Branch(n, mlp.gate), _Branch(n, mlp.up)
+    down_grads = _Down(dy, mlp.down.lora)
+    for start, stop in spans(mlp.gate.weight.shape[0], buffers.width):
+        shape = (tokens, stop - start)
+        gate, up, silu, dact = (b[: shape[0] * shape[1]].view(shape) for b in buffers.activations)
+        w_gate = _columns(n, mlp.gate, gate_grads.h, (start, stop), buffers.tiles[0], gate)
+        w_up = _columns(n, mlp.up, up_grads.h, (start, stop), buffers.tiles[1], up)
+        torch.ops.aten.silu.out(gate, out=silu)
+        down_grads.tile(torch.mul(silu, up, out=dact), start, stop)
+        torch.mm(dy, mlp.down.weight.cols(start, stop, buffers.tiles[2]), out=dact)
+        down_grads.input_gradient(dact, start)
+        d_silu = up.mul_(dact)
+        d_up = dact.mul_(silu)
+        d_gate = torch.ops.aten.silu_backward.grad_input(d_silu, gate, grad_input=silu)
+        up_grads.tile(d_up, start, stop)
+        gate_grads.tile(d_gate, start, stop)
+        dn.addmm_(d_gate, w_gate).addmm_(d_up, w_up)
+    down_grads.finish(dy, emits[2])
+    up_grads.finish(n, dn, emits[1])
+    gate_grads.finish(n, dn, emits[0])

@@ -1,0 +1,110 @@
+"""LoRA around a frozen linear (arXiv 2106.09685, MeSP arXiv 2602.13069): h is never stored.
+
+    y  = x W^T + b + s h B^T,   h = D(x) A^T            W (out, in), A (r, in), B (out, r)
+    dB = s dy^T h      dh = s dy B      dA = dh^T D(x)      dx += dy W + D'(dh A)
+
+`D` is LoRA dropout (identity without it) and `D'` multiplies by the same mask. `h (T, r)` costs
+2 T in r FLOPs to recompute against 2 T in out for the product beside it, so it is formed again in
+the backward, used and freed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .dropout import dropout_scale
+from .frozen import FrozenMatrix, matmul_, matmul_t_
+
+
+class Lora(NamedTuple):
+    """One adapted linear: `A (r, in)`, `B (out, r)`, the scale and this step's dropout."""
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    dropout: float = 0.0
+    seed: int = 0
+
+
+class Linear(NamedTuple):
+    """A frozen linear with its optional bias `(out,)` and its optional adapter."""
+
+    weight: FrozenMatrix
+    bias: Tensor | None
+    lora: Lora | None
+
+
+Emit = Callable[[Tensor, Tensor], None]
+"""Called with (dA, dB) of a linear once neither A nor B is needed any more in this backward."""
+
+
+def dropped(x: Tensor, lora: Lora, first_col: int = 0) -> Tensor:
+    """`D(x)`: `x` itself without dropout, else a masked copy of the same shape."""
+    if lora.dropout == 0.0:
+        return x
+    return dropout_scale(x, lora.dropout, lora.seed, first_col).mul_(x)
+
+
+def add_lora_input_gradient_(dx: Tensor, dh: Tensor, lora: Lora, first_col: int = 0) -> None:
+    """`dx += D'(dh A)`, for all columns of the input or for one tile of them.
+
+    Args:
+        dx: `(T, C)`, columns `[first_col, first_col + C)` of the input's gradient, added to.
+        dh: `(T, r)`.
+        lora: the adapter, for A and the dropout mask.
+        first_col: where the tile begins.
+    """
+    a = lora.a[:, first_col : first_col + dx.shape[1]]
+    if lora.dropout == 0.0:
+        dx.addmm_(dh, a)
+    else:
+        dx.add_((dh @ a).mul_(dropout_scale(dx, lora.dropout, lora.seed, first_col)))
+
+
+def linear_forward(x: Tensor, linear: Linear, out: Tensor, tile: Tensor, beta: float = 0.0) -> None:
+    """`out = beta * out + x W^T + b + s h B^T`.
+
+    Args:
+        x: `(T, in)`.
+        linear: W, b and the adapter.
+        out: `(T, out)`, overwritten, or added to with `beta = 1`.
+        tile: flat buffer for a widened tile of W.
+        beta: what the old content of `out` is multiplied by.
+    """
+    matmul_(out, x, linear.weight, tile, beta)
+    if linear.bias is not None:
+        out.add_(linear.bias)
+    if linear.lora is not None:
+        h = dropped(x, linear.lora) @ linear.lora.a.t()
+        out.addmm_(h, linear.lora.b.t(), alpha=linear.lora.scale)
+
+
+def linear_backward(
+    dy: Tensor, x: Tensor, linear: Linear, dx: Tensor | None, tile: Tensor, *, emit: Emit
+) -> None:
+    """Add the input gradient to `dx` and emit the adapter's gradients.
+
+    Args:
+        dy: `(T, out)`.
+        x: `(T, in)`, the forward's input; all that the backward needs of it.
+        linear: W, b and the adapter.
+        dx: `(T, in)`, added to; None where nobody needs it (the first block).
+        tile: flat buffer for a widened tile of W.
+        emit: receives (dA, dB) once A and B have been used for the last time.
+    """
+    if dx is not None:
+        matmul_t_(dx, dy, linear.weight, tile)
+    lora = linear.lora
+    if lora is None:
+        return
+    x_dropped = dropped(x, lora)
+    h = x_dropped @ lora.a.t()
+    db = (dy.t() @ h).mul_(lora.scale)
+    dh = (dy @ lora.b).mul_(lora.scale)
+    da = dh.t() @ x_dropped
+    if dx is not None:
+        add_lora_input_gradient_(dx, dh, lora)
+    emit(da, db)

@@ -1,0 +1,177 @@
+"""A Hugging Face checkpoint: safetensors files, single or sharded, mapped and checked.
+
+Only headers are read when a checkpoint is opened. Pickled weights are refused: reading them could
+run code that the file contains.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lowtide.errors import ModelError, listed
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
+
+
+class Checkpoint:
+    """The tensors of a model directory by Hugging Face name, on mapped memory."""
+
+    def __init__(self, directory: Path, tensors: Mapping[str, Tensor], files: list[Path]) -> None:
+        """Wrap already opened tensors; use `Checkpoint.open`."""
+        self.directory = directory
+        self.files = files
+        self._tensors = tensors
+
+    @classmethod
+    def open(cls, directory: Path) -> Checkpoint:
+        """Map every tensor of the checkpoint.
+
+        Args:
+            directory: a model directory with `model.safetensors` or an index and its shards.
+
+        Returns:
+            The opened checkpoint; no weight has been read yet.
+
+        Raises:
+            ModelError: a file is missing, truncated, corrupt or pickled.
+        """
+        tensors: dict[str, Tensor] = {}
+        files = weight_files(directory)
+        for path in files:
+            tensors.update(_map_file(path))
+        _check_index(directory, tensors)
+        return cls(directory, tensors, files)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight files on disk."""
+        return sum(path.stat().st_size for path in self.files)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The stored tensor of that name."""
+        return self._tensors[name]
+
+    def __contains__(self, name: object) -> bool:
+        """Whether the checkpoint has a tensor of that name."""
+        return name in self._tensors
+
+    def check(
+        self, expected: Mapping[str, tuple[int, ...]], optional: Iterable[str] = ()
+    ) -> None:
+        """Compare names, shapes and dtypes with what the model needs, all problems at once.
+
+        Args:
+            expected: shape by tensor name.
+            optional: names that may be there and are not used.
+
+        Raises:
+            ModelError: lists every missing, extra, wrongly shaped or wrongly stored tensor.
+        """
+        problems = [f"missing: {name} {list(shape)}" for name, shape in expected.items()
+                    if name not in self._tensors]
+        known = set(expected) | set(optional)
+        for name, tensor in self._tensors.items():
+            if name in expected and tuple(tensor.shape) != expected[name]:
+                problems.append(
+                    f"wrong shape: {name} is {list(tensor.shape)}, config.json asks for "
+                    f"{list(expected[name])}"
+                )
+            elif name not in known and not name.endswith(_IGNORED_SUFFIXES):
+                problems.append(f"extra: {name} {list(tensor.shape)}")
+            if name in expected and tensor.dtype not in STORED_DTYPES:
+                problems.append(
+                    f"dtype {str(tensor.dtype).removeprefix('torch.')}: {name} "
+                    "(float32, bfloat16 and float16 can be read)"
+                )
+        if problems:
+            raise ModelError(
+                f"the weights in {self.directory} do not fit its config.json:\n"
+                f"{listed(problems)}\nCheck that config.json and the weights come from the same "
+                "model, and download it again if in doubt."
+            )
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model directory, the index's shards if there is an index.
+
+    Raises:
+        ModelError: there are none, an index is broken, or a shard is missing.
+    """
+    if (directory / INDEX_FILE).is_file():
+        names = sorted(set(_read_index(directory).values()))
+        escaping = [name for name in names if Path(name).name != name]
+        if escaping:
+            raise ModelError(
+                f"{directory / INDEX_FILE} names files outside its directory: "
+                f"{', '.join(escaping)}. Download the model again from a source you trust."
+            )
+        missing = [name for name in names if not (directory / name).is_file()]
+        if missing:
+            raise ModelError(
+                f"{directory} lacks {len(missing)} of {len(names)} weight files:\n"
+                f"{listed(missing)}\nDownload them again."
+            )
+        return [directory / name for name in names]
+    if (directory / SINGLE_FILE).is_file():
+        return [directory / SINGLE_FILE]
+    pickled = sorted(
+        p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in directory.glob(pattern)
+    )
+    if pickled:
+        raise ModelError(
+            f"{directory} holds pickled weights ({', '.join(pickled[:3])}), and reading those can "
+            "run code hidden in the file, so lowtide refuses them. Convert once with transformers: "
+            f"AutoModelForCausalLM.from_pretrained({str(directory)!r})"
+            ".save_pretrained('converted', safe_serialization=True)"
+        )
+    others = sorted(p.name for p in directory.glob("*.safetensors"))
+    found = f" (found only {', '.join(others)})" if others else ""
+    raise ModelError(
+        f"{directory} has no {SINGLE_FILE} and no {INDEX_FILE}{found}. Give a model directory as "
+        "downloaded from the Hugging Face hub."
+    )
+
+
+def _read_index(directory: Path) -> dict[str, str]:
+    path = directory / INDEX_FILE
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+            raise TypeError("weight_map must map tensor names to file names")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{path} is not a safetensors index ({error}). Download it again."
+        ) from error
+    return dict(weight_map)
+
+
+def _check_index(directory: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A tensor that the index promises and no shard holds is a truncated download."""
+    if not (directory / INDEX_FILE).is_file():
+        return
+    absent = sorted(name for name in _read_index(directory) if name not in tensors)
+    if absent:
+        raise ModelError(
+            f"{directory / INDEX_FILE} promises tensors that its files do not hold:\n"
+            f"{listed(absent)}\nDownload the model again."
+        )
+
+
+def _map_file(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(str(path), framework="pt") as handle:
+            return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(
+            f"{path} ({path.stat().st_size:,} bytes) cannot be read: {error}. The file is "
+            "truncated or corrupt; download it again."
+        ) from error

@@ -1,0 +1,61 @@
+"""A frozen matrix in a mapped file, seen as tiles in the compute dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_TAKE_ROWS = 128
+
+
+class MappedMatrix:
+    """A frozen `(out, in)` matrix whose storage is a mapped safetensors file.
+
+    Implements `ops.frozen.FrozenMatrix`. When the stored dtype is the compute dtype, tiles are views
+    of the file and cost nothing; otherwise they are widened into the caller's buffer.
+    """
+
+    def __init__(self, stored: Tensor, compute_dtype: torch.dtype) -> None:
+        """Wrap `stored`, a 2-D tensor on mapped memory."""
+        self._stored = stored
+        self._direct = stored.dtype == compute_dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out, in)`."""
+        rows, cols = self._stored.shape
+        return rows, cols
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return self._stored.numel() * self._stored.element_size()
+
+    def rows_per_tile(self, buffer: Tensor) -> int:
+        """Rows that one call of `rows` may ask for: all of them where nothing is widened."""
+        if self._direct:
+            return self._stored.shape[0]
+        return max(1, buffer.numel() // self._stored.shape[1])
+
+    def rows(self, start: int, stop: int, buffer: Tensor) -> Tensor:
+        """`W[start:stop]` in the compute dtype, `(stop - start, in)`."""
+        return self._widened(self._stored[start:stop], buffer)
+
+    def cols(self, start: int, stop: int, buffer: Tensor) -> Tensor:
+        """`W[:, start:stop]` in the compute dtype, `(out, stop - start)`."""
+        return self._widened(self._stored[:, start:stop], buffer)
+
+    def take(self, indices: Tensor, out: Tensor) -> None:
+        """`out = W[indices]`, some rows at a time."""
+        for start in range(0, len(indices), _TAKE_ROWS):
+            stop = min(start + _TAKE_ROWS, len(indices))
+            out[start:stop].copy_(self._stored[indices[start:stop]])
+
+    def whole(self) -> Tensor:
+        """The stored tensor itself, for reference code and tests; never widened."""
+        return self._stored
+
+    def _widened(self, part: Tensor, buffer: Tensor) -> Tensor:
+        if self._direct:
+            return part
+        return buffer[: part.numel()].view(part.shape).copy_(part)

@@ -7,6 +7,7 @@ is wrong with a file is collected first and reported together.
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,11 @@ def resolve_split(data: Path, split: str) -> Path | None:
         DataError: There is nothing at `data`, or it is not a kind of file that is read, or the
             directory has the split twice.
     """
-    if not data.exists():
-        raise DataError(f"no data at {data}. {_EXPECTED}.")
-    if data.is_file():
+    try:
+        is_directory = stat.S_ISDIR(data.stat().st_mode)
+    except OSError as error:
+        raise DataError(f"no data at {data}: {error.strerror}. {_EXPECTED}.") from None
+    if not is_directory:
         if data.suffix.lower() not in SUFFIXES:
             raise DataError(f"cannot read {data}: unknown suffix {data.suffix!r}. {_EXPECTED}.")
         return data
@@ -100,7 +103,10 @@ def require_split(data: Path, splits: tuple[str, ...]) -> Path:
         path = resolve_split(data, split)
         if path is not None:
             return path
-    names = sorted(path.name for path in data.iterdir())
+    try:
+        names = sorted(path.name for path in data.iterdir())
+    except OSError as error:
+        raise _unreadable(data, error) from None
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     wanted = " or ".join(f"{split}.jsonl" for split in splits)
     raise DataError(
@@ -177,7 +183,7 @@ def _iter_json(path: Path) -> Iterator[tuple[str, Any]]:
 def _parse(raw: bytes) -> tuple[Any, str | None]:
     """One line's value, or what is wrong with the line."""
     try:
-        text = raw.decode("utf-8")
+        text = raw.rstrip(b"\r\n").decode("utf-8")
     except UnicodeDecodeError as error:
         return None, f"byte 0x{raw[error.start]:02x} at {error.start + 1} is not UTF-8"
     try:

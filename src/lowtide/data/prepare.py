@@ -8,7 +8,6 @@ and answers with a report, and everything that it needed dies with it.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -137,10 +136,9 @@ def prepare(request: PrepareRequest) -> PrepareReport:
         LowtideError: Of the kind that the child raised, such as DataError for a bad record; or
             LowtideError itself, with the child's last words, where it died.
     """
-    # The child finds modules where this process does: its own working directory only counts
-    # where it counts here too, so that a file named random.py there does no harm.
-    isolated = [] if {"", os.getcwd()} & set(sys.path) else ["-P"]
-    command = [sys.executable, *isolated, "-m", "lowtide.data.worker"]
+    # -P: neither the script's directory nor the working directory is searched for modules, so a
+    # file named random.py there does no harm.
+    command = [sys.executable, "-P", str(Path(__file__).with_name("child.py"))]
     child = subprocess.Popen(
         command,
         stdin=subprocess.PIPE,

@@ -240,9 +240,11 @@ def assistant_spans(
 def _flags(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
     """1 for each token with a character inside a span; added special tokens have none."""
     flags = []
+    k = 0
     for start, end in offsets:
-        inside = any(start < last and end > first for first, last in spans)
-        flags.append(int(inside and end > start))
+        while k < len(spans) and spans[k][1] <= start:
+            k += 1
+        flags.append(int(k < len(spans) and spans[k][0] < end and start < end))
     return flags
 
 

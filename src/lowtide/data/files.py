@@ -116,7 +116,13 @@ def require_split(data: Path, splits: tuple[str, ...]) -> Path:
 
 
 def read_text(path: Path) -> str:
-    """A whole text file, a leading byte-order mark removed.
+    """A whole text file, a leading byte-order mark removed and line ends left as they are.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its text.
 
     Raises:
         DataError: It is empty or not UTF-8.

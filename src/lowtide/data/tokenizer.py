@@ -113,7 +113,12 @@ class Tokenizer:
     ) -> tuple[list[int], list[tuple[int, int]]]:
         """The ids of a text, and for each the characters `text[start:end]` that it came from.
 
-        Added special tokens have the empty span (0, 0).
+        Args:
+            text: Any text that can be written as UTF-8.
+            add_special_tokens: Add what the tokenizer puts around a text, such as BOS.
+
+        Returns:
+            The ids and their spans; added special tokens have the empty span (0, 0).
 
         Raises:
             DataError: The text holds half of a surrogate pair.

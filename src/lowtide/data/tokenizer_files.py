@@ -45,6 +45,12 @@ class TokenizerSettings:
 def read_backend(directory: Path) -> tokenizers.Tokenizer:
     """Load tokenizer.json, with the truncation and padding that it may carry switched off.
 
+    Args:
+        directory: The model directory.
+
+    Returns:
+        The tokenizer, as the library has it.
+
     Raises:
         ModelError: It is missing or broken; says which other tokenizer files there are.
     """

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from lowtide import data
+from lowtide.data.prepare import PrepareRequest
 from lowtide.data.tokenizer import Tokenizer as LowtideTokenizer
 
 ASSETS = Path(__file__).resolve().parents[2] / ".." / "shared" / "assets"
@@ -31,6 +34,15 @@ def asset() -> Callable[[str], Path]:
         return path
 
     return find
+
+
+@pytest.fixture(scope="session")
+def bare_room() -> str:
+    """Code that makes `lowtide.data` importable without what `lowtide` itself imports."""
+    return (
+        "import sys, types; sys.modules['lowtide'] = types.ModuleType('lowtide'); "
+        f"sys.modules['lowtide'].__path__ = {[str(Path(data.__file__).parents[1])]!r}\n"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -84,3 +96,31 @@ def write_tiny(directory: Path, template: str | None) -> Path:
         config["chat_template"] = template
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     return directory
+
+
+@pytest.fixture
+def request_for(tmp_path: Path, tiny_directory: Path) -> Callable[..., PrepareRequest]:
+    """Makes requests for the tiny tokenizer."""
+
+    def make(data: Path, **settings: Any) -> PrepareRequest:
+        defaults: dict[str, Any] = {
+            "tokenizer": tiny_directory,
+            "out": tmp_path / "out",
+            "max_seq_length": 64,
+            "vocab_size": 259,
+        }
+        return PrepareRequest(data=data, **{**defaults, **settings})
+
+    return make
+
+
+@pytest.fixture
+def write_rows() -> Callable[..., Path]:
+    """Writes rows to a file as JSON Lines."""
+
+    def write(path: Path, *rows: Any) -> Path:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    return write

@@ -43,6 +43,8 @@ def test_equals_transformers(
     "source",
     [
         "{% if true %}\n  a\n{% endif %}\n b",
+        "x\n   {% if true %}a{% endif %}\n   {# note #}\n   {{ 1 }}",
+        "{{ messages[-1] | tojson }}",
         "{% for m in messages %}{{ m.role }}{% if true %}{% break %}{% endif %}{% endfor %}",
         "{{ {'b': 'é<&>', 'a': 1} | tojson }} {{ [1] | tojson(indent=2) }}",
         "{% set s = namespace(n=0) %}{% for m in messages %}{% set s.n = 1 %}{% endfor %}{{ s.n }}",
@@ -55,9 +57,10 @@ def test_equals_transformers(
 def test_equals_transformers_on_template_features(
     source: str, qwen: Tokenizer, theirs: Any
 ) -> None:
-    expected = theirs.apply_chat_template(CHATS[2], chat_template=source, tokenize=False)
+    messages = [*CHATS[2], CALL]
+    expected = theirs.apply_chat_template(messages, chat_template=source, tokenize=False)
     special = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    assert ChatTemplate(source, special).render(CHATS[2]) == expected
+    assert ChatTemplate(source, special).render(messages) == expected
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from lowtide.data.encode import Encoded, Encoder
 from lowtide.data.formats import (
@@ -126,6 +127,26 @@ def test_bos_and_a_token_across_the_boundary(stories: Tokenizer) -> None:
     assert encoded.trained[across] == 1, "no character of the completion may be left out"
 
 
+def test_a_tokenizer_that_ends_texts_itself(tiny_plain: Tokenizer) -> None:
+    eos = tiny_plain.eos_id
+    tiny_plain._backend.post_processor = TemplateProcessing(
+        single="$A <eos>", special_tokens=[("<eos>", eos)]
+    )
+    encoded = encoder(tiny_plain).encode(PromptRecord("here", "ab", "cd"))
+    assert encoded.ids.count(eos) == 1
+    assert trained_runs(tiny_plain, encoded) == ["cd<eos>"]
+
+
+def test_a_template_writes_bos_itself(stories: Tokenizer) -> None:
+    source = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    template = ChatTemplate(source, {"bos_token": "<s>"})
+    tokenizer = Tokenizer(stories._backend, stories._settings, template)
+    for mask in (True, False):
+        ids = encoder(tokenizer, mask).encode(ChatRecord("here", CHAT[:3])).ids
+        assert ids[0] == 1
+        assert ids.count(1) == 1
+
+
 def test_alpaca_without_a_template(tiny_plain: Tokenizer) -> None:
     encoded = encoder(tiny_plain).encode(InstructionRecord("here", "Add", "{1} 2", "3"))
     assert tiny_plain.decode(encoded.ids, False) == (
@@ -182,7 +203,8 @@ def test_templates_whose_end_marker_follows_white_space_or_is_none(tiny: Tokeniz
 
 def test_a_template_that_rewrites_earlier_turns(tiny: Tokenizer) -> None:
     source = (
-        "{% for m in messages %}{{ m.role }}:{% if loop.last %}<think></think>{% endif %}"
+        "{% for m in messages %}{{ m.role }}:"
+        "{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}"
         "{{ m.content }};{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
     )
     tokenizer = with_template(tiny, source)

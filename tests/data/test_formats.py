@@ -188,6 +188,10 @@ def test_problems_are_reported_together(tmp_path: Path) -> None:
         "  - line 4: 'text' is a number; expected a string\n"
         "Mend or remove these records."
     )
+    records = iter_records(jsonl(tmp_path, rows[0], rows[1], rows[0]))
+    assert next(records)
+    with pytest.raises(DataError):  # the good third record is checked, but not given out
+        next(records)
     many = problems(jsonl(tmp_path, *([{"text": ""}] * 500)))
     assert "line 10: 'text' is empty\n  - and perhaps more: reading stopped here" in many
     assert "line 11" not in many

@@ -1,48 +1,20 @@
-"""The child process: what it writes, what it reports, how its errors arrive, how it ends."""
+"""What is written and reported, and how errors arrive."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lowtide.data import prepare as prepare_module
 from lowtide.data import worker
 from lowtide.data.cache import TokenDataset
 from lowtide.data.formats import FeatureNames
 from lowtide.data.prepare import PrepareReport, PrepareRequest, SplitReport, prepare
 from lowtide.data.tokenizer import Tokenizer
 from lowtide.errors import ConfigError, DataError, LowtideError, ModelError, OutputError
-
-CHILD = Path(prepare_module.__file__).with_name("child.py")
-
-
-def write_rows(path: Path, *rows: Any) -> Path:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-@pytest.fixture
-def request_for(tmp_path: Path, tiny_directory: Path) -> Callable[..., PrepareRequest]:
-    def make(data: Path, **settings: Any) -> PrepareRequest:
-        defaults: dict[str, Any] = {
-            "tokenizer": tiny_directory,
-            "out": tmp_path / "out",
-            "max_seq_length": 64,
-            "vocab_size": 259,
-        }
-        return PrepareRequest(data=data, **{**defaults, **settings})
-
-    return make
 
 
 def texts(tokenizer: Path, split: SplitReport) -> list[str]:
@@ -111,7 +83,10 @@ def test_text_with_the_last_windows_held_out(
 
 
 def test_where_validation_comes_from(
-    request_for: Callable[..., PrepareRequest], tmp_path: Path, tiny_directory: Path
+    request_for: Callable[..., PrepareRequest],
+    tmp_path: Path,
+    tiny_directory: Path,
+    write_rows: Callable[..., Path],
 ) -> None:
     data = tmp_path / "data"
     write_rows(data / "train.jsonl", *({"text": f"t{i}"} for i in range(5)))
@@ -133,7 +108,10 @@ def test_where_validation_comes_from(
 
 
 def test_which_split_is_evaluated(
-    request_for: Callable[..., PrepareRequest], tmp_path: Path, tiny_directory: Path
+    request_for: Callable[..., PrepareRequest],
+    tmp_path: Path,
+    tiny_directory: Path,
+    write_rows: Callable[..., Path],
 ) -> None:
     data = tmp_path / "data"
     train = write_rows(data / "train.jsonl", {"text": "t"})
@@ -151,7 +129,9 @@ def test_which_split_is_evaluated(
     assert evaluated(train) == ["t"]
 
 
-def test_counts_of_what_was_cut(request_for: Callable[..., PrepareRequest], tmp_path: Path) -> None:
+def test_counts_of_what_was_cut(
+    request_for: Callable[..., PrepareRequest], tmp_path: Path, write_rows: Callable[..., Path]
+) -> None:
     rows = [("ab", "cd"), ("abcd", "efgh"), ("abcdefgh", "i")]  # 5, 9 and 10 tokens with EOS
     path = write_rows(
         tmp_path / "d.jsonl", *({"q": prompt, "a": completion} for prompt, completion in rows)
@@ -192,6 +172,7 @@ def test_errors_of_each_kind(
     message: str,
     request_for: Callable[..., PrepareRequest],
     tmp_path: Path,
+    write_rows: Callable[..., Path],
 ) -> None:
     rows = [{"prompt": "abcdef", "completion": "x"}] * 2
     path = write_rows(tmp_path / "d.jsonl", *rows)
@@ -203,7 +184,7 @@ def test_errors_of_each_kind(
 
 
 def test_errors_cross_to_the_parent(
-    request_for: Callable[..., PrepareRequest], tmp_path: Path
+    request_for: Callable[..., PrepareRequest], tmp_path: Path, write_rows: Callable[..., Path]
 ) -> None:
     path = write_rows(tmp_path / "d.jsonl", {"text": "é"}, {"text": ""})
     with pytest.raises(DataError) as caught:
@@ -216,7 +197,10 @@ def test_errors_cross_to_the_parent(
 
 
 def test_a_bad_validation_file_leaves_the_old_caches(
-    request_for: Callable[..., PrepareRequest], tmp_path: Path, tiny_directory: Path
+    request_for: Callable[..., PrepareRequest],
+    tmp_path: Path,
+    tiny_directory: Path,
+    write_rows: Callable[..., Path],
 ) -> None:
     data = tmp_path / "data"
     write_rows(data / "train.jsonl", {"text": "old"})
@@ -228,31 +212,6 @@ def test_a_bad_validation_file_leaves_the_old_caches(
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["train.safetensors"]
     dataset = TokenDataset.open(tmp_path / "out" / "train.safetensors")
     assert Tokenizer.load(tiny_directory).decode(dataset.sequence(0)[0]) == "old"
-
-
-def test_a_child_that_dies(
-    request_for: Callable[..., PrepareRequest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = write_rows(tmp_path / "d.jsonl", {"text": "a"})
-    real = subprocess.Popen
-
-    def child(code: str) -> None:
-        def start(command: list[str], **settings: Any) -> Any:
-            return real([sys.executable, "-c", code], **settings)
-
-        monkeypatch.setattr(prepare_module.subprocess, "Popen", start)
-
-    child("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
-    with pytest.raises(LowtideError, match=r"signal 9, .*out of memory.* It said nothing"):
-        prepare(request_for(path))
-    child("print('noise'); raise RuntimeError('a bug')")
-    with pytest.raises(LowtideError, match=r"ended with code 1. Its last words:") as caught:
-        prepare(request_for(path))
-    assert str(caught.value).endswith("RuntimeError: a bug")
-    assert type(caught.value) is LowtideError
-    child("print('{}')")
-    with pytest.raises(LowtideError, match="ended with code 0"):
-        prepare(request_for(path))
 
 
 def test_what_crosses_comes_back_whole(tmp_path: Path) -> None:
@@ -273,79 +232,3 @@ def test_what_crosses_comes_back_whole(tmp_path: Path) -> None:
     split = SplitReport(Path("p"), Path("s"), 1, 2, 3, 4, 5, 6, 7)
     report = PrepareReport({"train": split})
     assert PrepareReport.from_dict(json.loads(report.to_json())) == report
-
-
-def test_a_working_directory_full_of_traps(
-    request_for: Callable[..., PrepareRequest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A random.py or tokenizers.py of the user's own must not be imported."""
-    for name in ("random", "tokenizers", "tempfile"):
-        (tmp_path / f"{name}.py").write_text("raise SystemExit('trapped')")
-    path = write_rows(tmp_path / "d.jsonl", {"text": "a"})
-    monkeypatch.chdir(tmp_path)
-    assert prepare(request_for(path)).splits["train"].records == 1
-
-
-def test_the_child_does_without_torch() -> None:
-    """torch would be most of its start-up time and memory."""
-    code = (
-        "import runpy, sys; sys.modules['torch'] = sys.modules['transformers'] = None; "
-        f"runpy.run_path({str(CHILD)!r})['main']()"
-    )
-    done = subprocess.run([sys.executable, "-c", code], input=b"{}", capture_output=True)
-    assert b"KeyError: 'features'" in done.stderr  # it got as far as reading the request
-    assert b"halted" not in done.stderr
-
-
-INTERRUPTED = """
-import sys, subprocess
-from lowtide.data import prepare as module
-real = subprocess.Popen
-def start(*args, **settings):
-    child = real(*args, **settings)
-    print(child.pid, flush=True)
-    return child
-module.subprocess.Popen = start
-try:
-    module.prepare(module.PrepareRequest.from_json(sys.argv[1]))
-except KeyboardInterrupt:
-    sys.exit(130)
-print("finished")
-"""
-
-
-def test_ctrl_c_ends_both_without_a_traceback(
-    request_for: Callable[..., PrepareRequest], tmp_path: Path
-) -> None:
-    path = tmp_path / "d.jsonl"
-    os.mkfifo(path)  # the child waits for a line that never comes
-    parent = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED, request_for(path).to_json()],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        assert parent.stdout is not None
-        child = int(parent.stdout.readline())
-        writer = _open_when_read(path)
-        os.killpg(parent.pid, signal.SIGINT)
-        out, err = parent.communicate(timeout=10)
-        os.close(writer)
-    finally:
-        parent.kill()
-    assert (parent.returncode, out, err) == (130, "", "")
-    with pytest.raises(ProcessLookupError):
-        os.kill(child, 0)
-
-
-def _open_when_read(path: Path) -> int:
-    """Open a pipe to write to as soon as the child reads from it, well on its way."""
-    deadline = time.monotonic() + 20
-    while True:
-        try:
-            return os.open(path, os.O_WRONLY | os.O_NONBLOCK)
-        except OSError:
-            assert time.monotonic() < deadline, "the child never read its data"
-            time.sleep(0.02)

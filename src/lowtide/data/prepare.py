@@ -8,6 +8,7 @@ and answers with a report, and everything that it needed dies with it.
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -135,18 +136,13 @@ def prepare(request: PrepareRequest) -> PrepareReport:
     Raises:
         LowtideError: Of the kind that the child raised, such as DataError for a bad record; or
             LowtideError itself, with the child's last words, where it died.
+        KeyboardInterrupt: Ctrl-C; the child has ended and left nothing half written.
     """
     # -P: neither the script's directory nor the working directory is searched for modules, so a
     # file named random.py there does no harm.
     command = [sys.executable, "-P", str(Path(__file__).with_name("child.py"))]
-    child = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        # A group of its own: Ctrl-C reaches this process alone, which then ends the child.
-        process_group=0,
-    )
+    pipe = subprocess.PIPE
+    child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
     try:
         out, err = child.communicate(request.to_json().encode("utf-8"))
     except BaseException:
@@ -164,6 +160,8 @@ def _answer(returncode: int, out: bytes, err: bytes) -> PrepareReport:
         answer = json.loads(out)
     except ValueError:
         answer = None
+    if returncode == -signal.SIGINT:
+        raise KeyboardInterrupt  # Ctrl-C reaches both, and the child may be the first to end
     if isinstance(answer, dict) and "error" in answer:
         raise KINDS.get(answer["error"], LowtideError)(answer["message"])
     if returncode == 0 and isinstance(answer, dict) and "splits" in answer:
@@ -172,7 +170,7 @@ def _answer(returncode: int, out: bytes, err: bytes) -> PrepareReport:
     ending = f"ended with code {returncode}"
     if returncode < 0:
         ending = f"was ended by signal {-returncode}"
-        if returncode == -9:
+        if returncode == -signal.SIGKILL:
             ending += ", which is how a system that is out of memory ends a process"
     said = "Its last words:\n  " + "\n  ".join(lines) if lines else "It said nothing."
     raise LowtideError(f"the process that tokenises the data {ending}. {said}")

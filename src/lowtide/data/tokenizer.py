@@ -198,10 +198,11 @@ class StreamDecoder:
 
     def push(self, token_id: int) -> str:
         """Add one id; returns the text that has become final, which is often empty."""
-        if self._skip and token_id in self._tokenizer.special_ids:
-            return ""
+        token = self._tokenizer.token(token_id)
+        if token is None or (self._skip and token_id in self._tokenizer.special_ids):
+            return ""  # no text, and no end to a run of byte tokens either
         self._pending.append(token_id)
-        if _is_byte_token(self._tokenizer.token(token_id)):
+        if _is_byte_token(token):
             return ""
         return self._emit(final=False)
 
@@ -243,8 +244,8 @@ def decode_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterable[str]:
         yield piece
 
 
-def _is_byte_token(token: str | None) -> bool:
-    if token is None or len(token) != 6 or not (token.startswith("<0x") and token[5] == ">"):
+def _is_byte_token(token: str) -> bool:
+    if len(token) != 6 or not (token.startswith("<0x") and token[5] == ">"):
         return False
     return all(digit in "0123456789abcdefABCDEF" for digit in token[3:5])
 

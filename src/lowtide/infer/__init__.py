@@ -1,0 +1,1 @@
+"""Generate text and evaluate, with the same blocks that training uses."""

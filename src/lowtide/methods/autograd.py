@@ -9,7 +9,7 @@ from lowtide.model.batch import Batch
 from lowtide.model.decoder import Decoder
 from lowtide.model.reference import reference_loss
 
-from .base import GradSink, Step
+from .base import GradSink, Step, require_finite
 
 
 class Autograd:
@@ -26,10 +26,11 @@ class Autograd:
         with torch.enable_grad():
             tracked = Adapter(adapter.config, leaves)
             loss = reference_loss(model, tracked, batch, step.dropout_seed)
+            total = require_finite(loss.detach())
             grads = torch.autograd.grad(loss * step.scale, list(leaves.values()))
         for name, grad in zip(leaves, grads, strict=True):
             sink.add(name, grad)
-        return float(loss.detach())
+        return total
 
     def loss(self, model: Decoder, adapter: Adapter | None, batch: Batch) -> float:
         """See `Method.loss`."""

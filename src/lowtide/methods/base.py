@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
 
+from lowtide.errors import TrainingError
 from lowtide.model.adapter import Adapter
 from lowtide.model.batch import Batch
 from lowtide.model.decoder import Decoder
@@ -16,7 +18,7 @@ class GradSink(Protocol):
     """Takes each parameter's gradient as soon as it exists; whoever adds it forgets it."""
 
     def add(self, name: str, grad: Tensor) -> None:
-        """Use or accumulate the gradient of the PEFT-named parameter.
+        """Use or accumulate the gradient of the PEFT-named parameter; it now belongs to the sink.
 
         After this call the method no longer reads that parameter in this step, so it may be
         updated at once.
@@ -49,7 +51,25 @@ class Method(Protocol):
 
         Returns:
             The sum of the losses of the labelled positions, in nats.
+
+        Raises:
+            TrainingError: the loss is not finite; no gradient has reached the sink.
         """
 
     def loss(self, model: Decoder, adapter: Adapter | None, batch: Batch) -> float:
         """The sum of the losses without gradients and without dropout."""
+
+
+def require_finite(losses: Tensor) -> float:
+    """The sum of the losses, before any gradient of theirs is used.
+
+    Raises:
+        TrainingError: the sum is not finite.
+    """
+    total = float(losses.sum(dtype=losses.dtype))
+    if not math.isfinite(total):
+        raise TrainingError(
+            f"the loss is {total}. Lower --learning-rate, and see that the weights hold no "
+            "infinite or NaN values."
+        )
+    return total

@@ -16,7 +16,7 @@ from lowtide.model.decoder import Decoder
 from lowtide.model.forward import blocks_forward, embed, loss_backward_, loss_forward, workspace_for
 from lowtide.model.workspace import Workspace
 
-from .base import GradSink, Step
+from .base import GradSink, Step, require_finite
 
 
 class Mesp:
@@ -41,7 +41,7 @@ class Mesp:
         at = model.positions(batch.lengths)
         embed(model, batch.ids, inputs[0])
         x = blocks_forward(model, adapter, inputs, at, ws, step.dropout_seed)
-        losses = loss_backward_(model, x, batch, ws, scale=step.scale)
+        total = require_finite(loss_backward_(model, x, batch, ws, scale=step.scale))
         for layer in reversed(range(model.spec.num_layers)):
 
             def emit(linear: str, da: Tensor, db: Tensor, layer: int = layer) -> None:
@@ -49,10 +49,8 @@ class Mesp:
                 sink.add(parameter_name(layer, linear, "B"), db)
 
             block = model.block(layer, adapter, step.dropout_seed)
-            block_backward(
-                x, inputs[layer], block, at, ws, emit=emit, input_gradient=layer > 0
-            )
-        return float(losses.sum())
+            block_backward(x, inputs[layer], block, at, ws, emit=emit, input_gradient=layer > 0)
+        return total
 
     def loss(self, model: Decoder, adapter: Adapter | None, batch: Batch) -> float:
         """See `Method.loss`. Uses the step's buffers, two rows of its block inputs among them."""

@@ -35,12 +35,14 @@ class LoraConfig:
         lora_alpha: the adapter's output is scaled by `lora_alpha / r`.
         lora_dropout: probability of dropping an element of the adapter's input in training.
         target_modules: `all-linear`, or module names such as `q_proj` or `self_attn.q_proj`.
+        layers_to_transform: blocks to adapt, counted from 0; None adapts all.
     """
 
     r: int = 8
     lora_alpha: float = 16.0
     lora_dropout: float = 0.0
     target_modules: str | Sequence[str] = ALL_LINEAR
+    layers_to_transform: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that no adapter can have.
@@ -195,9 +197,20 @@ class Adapter:
 
 
 def adapter_shapes(spec: ModelSpec, config: LoraConfig) -> dict[str, tuple[int, int]]:
-    """Shape by PEFT name of every LoRA matrix, in block order."""
+    """Shape by PEFT name of every LoRA matrix, in block order.
+
+    Raises:
+        ConfigError: a targeted linear or layer is not in the model.
+    """
     shapes: dict[str, tuple[int, int]] = {}
-    for layer in range(spec.num_layers):
+    layers = config.layers_to_transform
+    outside = [layer for layer in layers or () if not 0 <= layer < spec.num_layers]
+    if outside or (layers is not None and not layers):
+        raise ConfigError(
+            f"layers_to_transform is {list(layers or ())}; the model has layers 0 to "
+            f"{spec.num_layers - 1}."
+        )
+    for layer in range(spec.num_layers) if layers is None else sorted(set(layers)):
         for linear in config.linears():
             rows, cols = spec.linear_shape(linear)
             shapes[parameter_name(layer, linear, "A")] = (config.r, cols)

@@ -156,23 +156,17 @@ def _attention_backward(
     """The attention half: `dy` is the gradient of the middle residual, then of `x`."""
     tokens, hidden = x.shape
     do = ws.wide(3, tokens, attended.q.shape[1]).zero_()
-    linear_backward(
-        dy, attended.o, block.o, do, ws.tile, emit=_named(emit, "self_attn.o_proj")
-    )
+    linear_backward(dy, attended.o, block.o, do, ws.tile, emit=_named(emit, "self_attn.o_proj"))
     q, k, v, o, lse = attended.q, attended.k, attended.v, attended.o, attended.lse
     dk, dv = ws.narrow(2, tokens), ws.narrow(3, tokens)
-    attention_backward(
-        do, q, k, v, o, lse, at.heads, at.segments, dk=dk, dv=dv, scores=ws.scores
-    )
+    attention_backward(do, q, k, v, o, lse, at.heads, at.segments, dk=dk, dv=dv, scores=ws.scores)
     for rotated in (q, dk):
         rope_(rotated, at.cos, at.sin, ws.rope_scratch(), inverse=True)
     n = ws.wide(0, tokens, hidden)
     torch.mul(x, attended.rstd, out=n).mul_(block.input_norm)
     dn = ws.wide(4, tokens, hidden).zero_() if input_gradient else None
     for name, linear, dout in (("q", block.q, q), ("k", block.k, dk), ("v", block.v, dv)):
-        linear_backward(
-            dout, n, linear, dn, ws.tile, emit=_named(emit, f"self_attn.{name}_proj")
-        )
+        linear_backward(dout, n, linear, dn, ws.tile, emit=_named(emit, f"self_attn.{name}_proj"))
     if dn is not None:
         rmsnorm_backward_(dy, dn, x, block.input_norm, attended.rstd, scratch=n)
 

@@ -59,9 +59,7 @@ def loss_forward(model: Decoder, x: Tensor, batch: Batch, ws: Workspace) -> Tens
     """
     chosen, n, label_rows, labels, _ = _labelled(model, x, batch, ws)
     del chosen
-    return cross_entropy(
-        n, model.head, labels, label_rows=label_rows, dn=None, buffers=ws.loss
-    )
+    return cross_entropy(n, model.head, labels, label_rows=label_rows, dn=None, buffers=ws.loss)
 
 
 def loss_backward_(

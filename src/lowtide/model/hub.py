@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 from lowtide.errors import ModelError
@@ -34,8 +37,25 @@ def resolve_model(model: str) -> Path:
 
 
 def _download(repo: str) -> Path:
-    from huggingface_hub import snapshot_download
+    """Download in a child process: the hub's client would stay in this one's memory."""
+    child = subprocess.run(
+        [sys.executable, "-m", "lowtide.model.hub", repo], stdout=subprocess.PIPE, check=False
+    )
+    try:
+        answer = json.loads(child.stdout)
+    except ValueError as error:
+        raise ModelError(
+            f"downloading {repo} stopped with exit code {child.returncode}. Try again, or give the "
+            "path of a local model directory."
+        ) from error
+    if "error" in answer:
+        raise ModelError(answer["error"])
+    return Path(answer["directory"])
+
+
+def _download_here(repo: str) -> Path:
     from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(repo, allow_patterns=_WANTED))
@@ -49,14 +69,21 @@ def _download(repo: str) -> Path:
             f"there is no directory {repo!r} here and no such model on the Hugging Face hub (or it "
             "is private: run `hf auth login`). Check the spelling."
         ) from error
-    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, OSError) as error:
+    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
         raise ModelError(
             f"there is no directory {repo!r} here, it is not in the local hub cache, and the "
             f"Hugging Face hub cannot be reached ({type(error).__name__}). Go online once to "
             "download it, or give the path of a local model directory."
         ) from error
-    except hub.HfHubHTTPError as error:
+    except (hub.HfHubHTTPError, OSError) as error:
         raise ModelError(
-            f"downloading {repo} from the Hugging Face hub failed: {error}. Try again later, or "
-            "give the path of a local model directory."
+            f"downloading {repo} from the Hugging Face hub failed ({type(error).__name__}: "
+            f"{error}). Try again later, or give the path of a local model directory."
         ) from error
+
+
+if __name__ == "__main__":
+    try:
+        print(json.dumps({"directory": str(_download_here(sys.argv[1]))}))
+    except ModelError as refusal:
+        print(json.dumps({"error": str(refusal)}))

@@ -64,9 +64,7 @@ class Checkpoint:
         """Whether the checkpoint has a tensor of that name."""
         return name in self._tensors
 
-    def check(
-        self, expected: Mapping[str, tuple[int, ...]], optional: Iterable[str] = ()
-    ) -> None:
+    def check(self, expected: Mapping[str, tuple[int, ...]], optional: Iterable[str] = ()) -> None:
         """Compare names, shapes and dtypes with what the model needs, all problems at once.
 
         Args:
@@ -76,8 +74,11 @@ class Checkpoint:
         Raises:
             ModelError: lists every missing, extra, wrongly shaped or wrongly stored tensor.
         """
-        problems = [f"missing: {name} {list(shape)}" for name, shape in expected.items()
-                    if name not in self._tensors]
+        problems = [
+            f"missing: {name} {list(shape)}"
+            for name, shape in expected.items()
+            if name not in self._tensors
+        ]
         known = set(expected) | set(optional)
         for name, tensor in self._tensors.items():
             if name in expected and tuple(tensor.shape) != expected[name]:
@@ -169,7 +170,7 @@ def _check_index(directory: Path, tensors: Mapping[str, Tensor]) -> None:
 def _map_file(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(str(path), framework="pt") as handle:
-            return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
+            return {name: handle.get_tensor(name) for name in handle.keys()}
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(
             f"{path} ({path.stat().st_size:,} bytes) cannot be read: {error}. The file is "

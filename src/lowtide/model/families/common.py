@@ -181,9 +181,7 @@ def decoder_spec(
         lambda v: v is None or (isinstance(v, list) and set(v) <= {"full_attention"}),
         "full_attention in every layer",
     )
-    reader.refuse_unknown(
-        {"attention_dropout", "partial_rotary_factor", "layer_types", *known}
-    )
+    reader.refuse_unknown({"attention_dropout", "partial_rotary_factor", "layer_types", *known})
     sizes = {name: reader.integer(name) for name in _REQUIRED}
     heads = sizes["num_attention_heads"]
     kv_heads = reader.integer("num_key_value_heads", heads)

@@ -1,0 +1,117 @@
+"""`lowtide bench step`: K training steps of one method on random token ids, measured."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+
+from lowtide.config import setting
+from lowtide.memory.measure import MemoryMeter
+from lowtide.methods import METHODS, get_method
+from lowtide.model.adapter import Adapter
+from lowtide.model.batch import Batch
+from lowtide.model.decoder import Decoder
+from lowtide.model.flops import step_flops
+from lowtide.train.loop import StepReport, Trainer, measured_update
+from lowtide.train.run import check_length, open_model
+from lowtide.train.settings import LoraSettings, ModelSettings, OptimizerSettings, TrainSettings
+
+_RATE_SECONDS = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchStepSettings(ModelSettings, LoraSettings, OptimizerSettings):
+    """Settings of `lowtide bench step`."""
+
+    method: str = setting("mesp", help="how gradients are computed", choices=tuple(METHODS))
+    seq_len: int = setting(256, help="tokens per sequence", minimum=2)
+    batch_size: int = setting(1, help="sequences per step", minimum=1)
+    steps: int = setting(3, help="measured steps, after one that warms up", minimum=1)
+    seed: int = setting(0, help="seed of the adapter and of the token ids", minimum=0)
+    optimizer: str = setting("sgd", help="optimiser", choices=("sgd", "adamw"))
+
+
+def bench_step(settings: BenchStepSettings) -> dict[str, Any]:
+    """Measure training steps on random token ids.
+
+    Args:
+        settings: model, method, sizes.
+
+    Returns:
+        `method`, `seq_len`, `steps` (one object per measured step), `warmup_step`, and the median
+        step's figures at the top level; bytes are `*_bytes`, times `*_s`.
+
+    Raises:
+        DataError: the sequence is longer than the model's positions.
+    """
+    model = open_model(settings)
+    check_length(model, settings.seq_len)
+    adapter = Adapter.create(model, settings.lora_config(), settings.seed)
+    trainer = Trainer(model, adapter, get_method(settings.method), _train_settings(settings))
+    generator = torch.Generator().manual_seed(settings.seed)
+    reports = []
+    with MemoryMeter() as meter:
+        for step in range(1, settings.steps + 2):
+            shape = (settings.batch_size, settings.seq_len)
+            ids = torch.randint(0, model.spec.vocab_size, shape, generator=generator)
+            batch = Batch.from_sequences(ids.tolist())
+            reports.append(measured_update(trainer, [batch], step, meter))
+    warmup, measured = reports[0], reports[1:]
+    rate = product_rate(model, settings.seq_len * settings.batch_size)
+    lengths = [settings.seq_len] * settings.batch_size
+    flops = step_flops(model.spec, adapter.config, lengths, measured[0].n_tokens)
+    median = _median(measured)
+    return {
+        "method": settings.method,
+        "model": settings.model,
+        "seq_len": settings.seq_len,
+        "batch_size": settings.batch_size,
+        "optimizer": settings.optimizer,
+        "lora_r": settings.lora_r,
+        "n_adapter_parameters": adapter.n_parameters,
+        "threads": torch.get_num_threads(),
+        **median,
+        "gemm_utilization": flops / (median["wall_s"] * rate),
+        "minimal_flops": flops,
+        "product_flops_per_s": rate,
+        "steps": [asdict(report) for report in measured],
+        "warmup_step": asdict(warmup),
+    }
+
+
+def _train_settings(settings: BenchStepSettings) -> TrainSettings:
+    """The bench's settings as the trainer wants them; paths are not used."""
+    shared = {f.name for f in fields(TrainSettings)}
+    given = {name: value for name, value in asdict(settings).items() if name in shared}
+    return TrainSettings(data="-", adapter_path="-", **given)
+
+
+def _median(reports: list[StepReport]) -> dict[str, Any]:
+    """The median of each figure over the steps."""
+    names = ("loss", "wall_s", "cpu_s", "tokens_per_s", "peak_anon_bytes", "peak_rss_bytes")
+    middle = {name: statistics.median(getattr(r, name) for r in reports) for name in names}
+    return {name: int(v) if name.endswith("_bytes") else v for name, v in middle.items()}
+
+
+def product_rate(model: Decoder, tokens: int) -> float:
+    """FLOP/s of float32 products on the model's own shapes, measured now.
+
+    The MLP's products, whole and in the compute dtype: what a step would run at if it did nothing
+    else. Random operands, repeated for about a second.
+    """
+    spec = model.spec
+    x = torch.randn(tokens, spec.hidden_size, dtype=model.compute_dtype)
+    weight = torch.randn(spec.intermediate_size, spec.hidden_size, dtype=model.compute_dtype)
+    out = torch.empty(tokens, spec.intermediate_size, dtype=model.compute_dtype)
+    per_call = 2 * tokens * spec.hidden_size * spec.intermediate_size
+    times: list[float] = []
+    stop = time.perf_counter() + _RATE_SECONDS
+    while time.perf_counter() < stop or len(times) < 3:
+        start = time.perf_counter()
+        torch.mm(x, weight.t(), out=out)
+        times.append(time.perf_counter() - start)
+    return per_call / statistics.median(times)

@@ -1,0 +1,65 @@
+"""`lowtide info`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lowtide.model.spec import ModelSpec
+from lowtide.train.run import open_model
+from lowtide.train.settings import ModelSettings
+
+from .output import megabytes, settings_of
+
+
+def run(argv: Sequence[str]) -> int:
+    """Print what the model is; its weights are checked but not read."""
+    if argv and not argv[0].startswith("-"):
+        argv = ["--model", *argv]
+    settings, output = settings_of(
+        ModelSettings, "info", "What a model directory holds, and how it would be computed.", argv
+    )
+    model = open_model(settings)
+    spec = model.spec
+    rows = [
+        ("model", f"{model.directory} (model_type {spec.model_type})"),
+        ("parameters", f"{spec.n_parameters:,}"),
+        ("on disk", f"{megabytes(model.checkpoint.nbytes)} in {len(model.checkpoint.files)} "
+                    f"safetensors file(s), {', '.join(model.stored_dtypes)}"),
+        ("layers", f"{spec.num_layers} of hidden size {spec.hidden_size}, intermediate size "
+                   f"{spec.intermediate_size}"),
+        ("attention", f"{spec.num_heads} heads of {spec.head_dim}, {spec.num_kv_heads} key/value "
+                      f"heads{_biases(spec)}"),
+        ("rope", _rope(spec)),
+        ("vocabulary", f"{spec.vocab_size:,}, head {'tied' if spec.tied_head else 'untied'}"),
+        ("positions", f"{spec.max_positions:,}"),
+        ("computes in", model.dtype_reason),
+    ]  # fmt: skip
+    for name, text in rows:
+        output.say(f"{name:<12} {text}")
+    output.result(
+        {
+            "model_type": spec.model_type,
+            "n_parameters": spec.n_parameters,
+            "bytes_on_disk": model.checkpoint.nbytes,
+            "stored_dtypes": model.stored_dtypes,
+            "compute_dtype": str(model.compute_dtype).removeprefix("torch."),
+            "compute_dtype_reason": model.dtype_reason,
+            "num_layers": spec.num_layers,
+            "hidden_size": spec.hidden_size,
+            "vocab_size": spec.vocab_size,
+            "max_positions": spec.max_positions,
+            "tied_head": spec.tied_head,
+        }
+    )
+    return 0
+
+
+def _biases(spec: ModelSpec) -> str:
+    names = sorted(name.split(".")[-1] for name in spec.biased)
+    return f", biases on {', '.join(names)}" if names else ""
+
+
+def _rope(spec: ModelSpec) -> str:
+    rope = spec.rope
+    text = f"{rope.kind}, theta {rope.theta:,g}"
+    return text if rope.kind == "default" else f"{text}, factor {rope.factor:g}"

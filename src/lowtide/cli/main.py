@@ -1,0 +1,102 @@
+"""`lowtide COMMAND ...`: finds the command, prints its errors, sets the exit code.
+
+0: done. 1: the work failed. 2: the command or its inputs were wrong. 130: interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from lowtide import __version__
+from lowtide.config import did_you_mean
+from lowtide.errors import ConfigError, LowtideError
+
+COMMANDS = {
+    "demo": "personalise the bundled model, start to finish, in about a minute",
+    "train": "fine-tune a LoRA adapter on your data",
+    "generate": "continue a prompt",
+    "eval": "loss and perplexity on a data set",
+    "info": "what a model directory holds",
+    "bench": "measure memory and speed: bench step",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments without the program's name; None takes the process's.
+
+    Returns:
+        The exit code.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    as_json = "--json" in arguments
+    try:
+        return _dispatch(arguments)
+    except LowtideError as error:
+        return _fail(str(error), error.kind, error.exit_code, as_json)
+    except KeyboardInterrupt:
+        return _fail("interrupted.", "Interrupted", 130, as_json)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except MemoryError:
+        return _fail(_OUT_OF_MEMORY, "OutOfMemory", 1, as_json)
+    except RuntimeError as error:
+        if "allocate" not in str(error):
+            raise
+        return _fail(_OUT_OF_MEMORY, "OutOfMemory", 1, as_json)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _fail(f"{error.filename}: {error.strerror}.", "OSError", 1, as_json)
+
+
+_OUT_OF_MEMORY = (
+    "the system has not enough memory for this step. Lower --max-seq-length, --batch-size or "
+    "--lora-r, or use --optimizer sgd."
+)
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"lowtide {__version__}")
+        return 0
+    name = arguments[0]
+    if name not in COMMANDS:
+        raise ConfigError(
+            f"unknown command {name!r}{did_you_mean(name, COMMANDS)}. Commands: "
+            f"{', '.join(COMMANDS)}. See `lowtide --help`."
+        )
+    module = importlib.import_module(f"lowtide.cli.{name}_command")
+    code: int = module.run(arguments[1:])
+    return code
+
+
+def _usage() -> str:
+    lines = [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
+    return (
+        "usage: lowtide COMMAND [flags]\n\nFine-tune language models on your own machine, with "
+        "exact gradients, in about the memory\nthat running them takes.\n\ncommands:\n"
+        + "\n".join(lines)
+        + "\n\nEvery command takes --help, --config FILE.yaml and --json."
+    )
+
+
+def _fail(message: str, kind: str, code: int, as_json: bool) -> int:
+    print(f"lowtide: {message}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"error": message, "kind": kind}))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""`lowtide train`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from lowtide.data.prepare import PrepareReport
+from lowtide.infer.evaluate import Evaluation
+from lowtide.model.adapter import Adapter
+from lowtide.model.decoder import Decoder
+from lowtide.train.loop import StepReport, TrainResult
+from lowtide.train.run import train
+from lowtide.train.settings import TrainSettings
+
+from .output import Output, duration, megabytes, settings_of
+
+_DESCRIPTION = (
+    "Fine-tune a LoRA adapter. Writes PEFT's adapter_model.safetensors and adapter_config.json, "
+    "run.yaml (all settings) and metrics.jsonl (one line per update)."
+)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Train; exit code 130 when interrupted, with the adapter saved."""
+    settings, output = settings_of(TrainSettings, "train", _DESCRIPTION, argv)
+    progress = Progress(settings, output)
+    try:
+        result = train(settings, observer=progress)
+    finally:
+        progress.close()
+    _summary(settings, result, output)
+    output.result({**asdict(result), "adapter_path": settings.adapter_path})
+    return 130 if result.interrupted else 0
+
+
+class Progress:
+    """A live bar on a terminal, a line every `steps_per_report` updates elsewhere."""
+
+    def __init__(self, settings: TrainSettings, output: Output) -> None:
+        """Nothing is drawn before the first step."""
+        self._settings, self._output = settings, output
+        self._bar = _Bar(settings.iters, output) if output.stream.isatty() else None
+        self._wall = 0.0
+        self._recent: list[StepReport] = []
+
+    def on_model(self, model: Decoder, adapter: Adapter) -> None:
+        """Say what is trained."""
+        spec = model.spec
+        self._output.say(
+            f"model    {model.directory} ({spec.model_type}, {spec.n_parameters / 1e6:,.1f} M "
+            f"parameters, {'/'.join(model.stored_dtypes)} mapped from "
+            f"{megabytes(model.checkpoint.nbytes)})"
+        )
+        self._output.say(
+            f"adapter  LoRA r={adapter.config.r} on {', '.join(_short(adapter))}: "
+            f"{adapter.n_parameters / 1e6:,.2f} M parameters"
+        )
+
+    def on_data(self, report: PrepareReport) -> None:
+        """Say what was read, cut and dropped."""
+        for name, split in report.splits.items():
+            self._output.say(f"{name:<8} {split.summary()}")
+
+    def on_step(self, report: StepReport) -> None:
+        """Advance the bar, or print a line now and then."""
+        self._wall += report.wall_s
+        self._recent.append(report)
+        left = (self._settings.iters - report.step) * self._wall / report.step
+        due = report.step % self._settings.steps_per_report == 0
+        if self._bar is not None:
+            self._bar.advance(report, left)
+        elif due or report.step in (1, self._settings.iters):
+            loss = sum(r.loss * r.n_tokens for r in self._recent) / sum(
+                r.n_tokens for r in self._recent
+            )
+            self._output.say(
+                f"step {report.step}/{self._settings.iters}  loss {loss:.4f}  "
+                f"{report.tokens_per_s:,.0f} tokens/s  "
+                f"peak {megabytes(report.peak_anon_bytes)}  {duration(left)} left"
+            )
+        if due:
+            self._recent.clear()
+
+    def on_valid(self, step: int, result: Evaluation) -> None:
+        """Print the validation loss."""
+        self._output.say(
+            f"step {step}/{self._settings.iters}  validation loss {result.loss:.4f} "
+            f"({result.n_tokens:,} tokens)"
+        )
+
+    def on_save(self, step: int) -> None:
+        """Print where the adapter went."""
+        self._output.say(f"step {step}: adapter saved to {self._settings.adapter_path}")
+
+    def on_stopping(self) -> None:
+        """Say that Ctrl-C was heard."""
+        self._output.say("\nfinishing this update, then saving; Ctrl-C again stops at once")
+
+    def close(self) -> None:
+        """Take the bar off the terminal."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class _Bar:
+    """rich's progress bar: step, loss, tokens/s, peak memory, time left."""
+
+    def __init__(self, iters: int, output: Output) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+        from rich.progress import Progress as RichProgress
+
+        self._progress = RichProgress(
+            TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[now]}"),
+            console=Console(file=output.stream), refresh_per_second=4,
+        )  # fmt: skip
+        self._task = self._progress.add_task("train", total=iters, now="")
+        self._started = False
+
+    def advance(self, report: StepReport, left: float) -> None:
+        """Show one more update."""
+        if not self._started:
+            self._progress.start()
+            self._started = True
+        now = (
+            f"loss {report.loss:.4f}  {report.tokens_per_s:,.0f} tokens/s  "
+            f"peak {megabytes(report.peak_anon_bytes)}  {duration(left)} left"
+        )
+        self._progress.update(self._task, completed=report.step, now=now)
+
+    def close(self) -> None:
+        """Stop drawing."""
+        if self._started:
+            self._progress.stop()
+
+
+def _short(adapter: Adapter) -> list[str]:
+    return [linear.split(".")[-1] for linear in adapter.config.linears()]
+
+
+def _summary(settings: TrainSettings, result: TrainResult, output: Output) -> None:
+    verb = "interrupted after" if result.interrupted else "done:"
+    valid = "" if result.valid_loss is None else f", validation loss {result.valid_loss:.4f}"
+    output.say(
+        f"{verb} {result.steps} updates, {result.n_tokens:,} trained tokens in "
+        f"{duration(result.wall_s)} ({duration(result.cpu_s)} CPU), last loss "
+        f"{result.loss:.4f}{valid}"
+    )
+    output.say(
+        f"peak_anon_bytes {megabytes(result.peak_anon_bytes)} (private memory above the import), "
+        f"peak_rss_bytes {megabytes(result.peak_rss_bytes)} (whole process, mapped weights "
+        "included)"
+    )
+    output.say(
+        f"try it: lowtide generate --model {settings.model} --adapter-path "
+        f'{settings.adapter_path} --prompt "..."'
+    )

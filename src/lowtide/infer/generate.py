@@ -1,0 +1,171 @@
+"""Token by token, with keys and values of earlier tokens kept."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowtide.errors import ConfigError, DataError
+from lowtide.model.adapter import Adapter
+from lowtide.model.block import block_forward
+from lowtide.model.decoder import Decoder
+from lowtide.model.forward import blocks_forward, embed, head_logits, workspace_for
+from lowtide.ops.attention import Segment
+
+_PREFILL_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen: greedily at temperature 0, else sampled from the top-p set."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range.
+
+        Raises:
+            ConfigError: names the value and the range.
+        """
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ConfigError(f"temperature is {self.temperature}; expected 0 or more.")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ConfigError(f"top_p is {self.top_p}; expected 0 < top_p <= 1.")
+
+
+class _Cache:
+    """Keys and values of one layer, `(capacity, kv_width)` each."""
+
+    def __init__(self, capacity: int, width: int, dtype: torch.dtype) -> None:
+        self._k = torch.empty(capacity, width, dtype=dtype)
+        self._v = torch.empty(capacity, width, dtype=dtype)
+        self._used = 0
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        stop = self._used + len(k)
+        self._k[self._used : stop] = k
+        self._v[self._used : stop] = v
+        self._used = stop
+        return self._k[:stop], self._v[:stop]
+
+
+class Generation:
+    """A sequence being generated: its caches and buffers."""
+
+    def __init__(self, model: Decoder, adapter: Adapter | None, capacity: int) -> None:
+        """Make room for `capacity` tokens, prompt included."""
+        spec = model.spec
+        self._model, self._adapter, self._capacity = model, adapter, capacity
+        chunk = min(_PREFILL_TOKENS, capacity)
+        self._ws = workspace_for(model, chunk, capacity)
+        self._rows = torch.empty(2, chunk, spec.hidden_size, dtype=model.compute_dtype)
+        self._caches = [
+            _Cache(capacity, spec.kv_width, model.compute_dtype) for _ in range(spec.num_layers)
+        ]
+        self._blocks = [model.block(i, adapter, None) for i in range(spec.num_layers)]
+        self._position = 0
+
+    def feed(self, ids: Sequence[int]) -> Tensor:
+        """Append tokens; returns the logits `(V,)` after the last one."""
+        x = self._rows[0, :0]
+        for start in range(0, len(ids), _PREFILL_TOKENS):
+            x = self._forward(torch.tensor(ids[start : start + _PREFILL_TOKENS]))
+        return head_logits(self._model, x[-1:], self._ws)[0]
+
+    def _forward(self, ids: Tensor) -> Tensor:
+        count = len(ids)
+        stop = self._position + count
+        at = self._model.positions_at(
+            torch.arange(self._position, stop), [Segment(0, count, 0, stop)]
+        )
+        x, out = self._rows[0, :count], self._rows[1, :count]
+        embed(self._model, ids, x)
+        for block, cache in zip(self._blocks, self._caches, strict=True):
+            block_forward(x, block, at, self._ws, out, cache)
+            x, out = out, x
+        self._position = stop
+        return x
+
+
+def generate(
+    model: Decoder,
+    adapter: Adapter | None,
+    prompt: Sequence[int],
+    max_tokens: int,
+    sampling: Sampling | None = None,
+    stop_ids: Collection[int] = (),
+) -> Iterator[int]:
+    """Token ids that follow `prompt`, one at a time.
+
+    Args:
+        model: the frozen model.
+        adapter: LoRA matrices, or None.
+        prompt: at least one token id.
+        max_tokens: how many to generate at most; fewer where the model's positions end.
+        sampling: greedy when None.
+        stop_ids: tokens that end the text; they are not yielded.
+
+    Yields:
+        Token ids.
+
+    Raises:
+        DataError: the prompt is empty, too long, or has ids outside the vocabulary.
+    """
+    if not prompt:
+        raise DataError("the prompt has no token; start from the BOS token for an empty prompt.")
+    model.check_sequences([len(prompt)], max(prompt))
+    sampling = sampling or Sampling()
+    # The last token needs no position of its own: nothing is computed from it.
+    limit = min(max_tokens, model.spec.max_positions - len(prompt) + 1)
+    generation = Generation(model, adapter, len(prompt) + max(0, limit - 1))
+    generator = torch.Generator().manual_seed(sampling.seed)
+    fed: Sequence[int] = prompt
+    for _ in range(limit):
+        token = _choose(generation.feed(fed), sampling, generator)
+        if token in stop_ids:
+            return
+        yield token
+        fed = [token]
+
+
+def _choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """The next token from logits `(V,)`."""
+    if sampling.temperature == 0.0:
+        return int(logits.argmax())
+    probabilities = (logits.double() / sampling.temperature).softmax(-1)
+    if sampling.top_p < 1.0:
+        ordered, order = probabilities.sort(descending=True)
+        before = ordered.cumsum(-1) - ordered
+        ordered[before >= sampling.top_p] = 0.0
+        probabilities = torch.zeros_like(probabilities).index_copy_(0, order, ordered)
+    return int(torch.multinomial(probabilities, 1, generator=generator))
+
+
+def logits(model: Decoder, adapter: Adapter | None, ids: Sequence[int]) -> Tensor:
+    """Logits `(T, V)` of every position of one sequence: for tests and small uses.
+
+    Args:
+        model: the frozen model.
+        adapter: LoRA matrices, or None.
+        ids: token ids, at least one.
+
+    Returns:
+        Logits in the compute dtype.
+
+    Raises:
+        DataError: the sequence is empty, too long, or has ids outside the vocabulary.
+    """
+    tokens = [int(token) for token in ids]
+    if not tokens or min(tokens) < 0:
+        raise DataError("ids must be at least one token id, none negative.")
+    model.check_sequences([len(tokens)], max(tokens))
+    ws = workspace_for(model, len(tokens), len(tokens))
+    inputs = torch.empty(2, len(tokens), model.spec.hidden_size, dtype=model.compute_dtype)
+    embed(model, torch.tensor(tokens), inputs[0])
+    x = blocks_forward(model, adapter, inputs, model.positions([len(tokens)]), ws)
+    return head_logits(model, x, ws)

@@ -1,0 +1,254 @@
+"""The training loop: batches in, updates, validations and saves out."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+import torch
+
+from lowtide.errors import TrainingError
+from lowtide.infer.evaluate import Evaluation, Sequences, batch_of, evaluate
+from lowtide.memory.measure import MemoryMeter
+from lowtide.methods import Method, Step
+from lowtide.model.adapter import Adapter
+from lowtide.model.batch import Batch
+from lowtide.model.decoder import Decoder
+
+from .optim import OPTIMIZERS
+from .run_dir import RunDir
+from .settings import TrainSettings
+from .sink import AccumulateSink, ApplySink
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One update, as progress shows it and metrics.jsonl keeps it."""
+
+    step: int
+    loss: float
+    n_tokens: int
+    wall_s: float
+    cpu_s: float
+    tokens_per_s: float
+    peak_anon_bytes: int
+    peak_rss_bytes: int
+    grad_norm: float | None = None
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run did."""
+
+    steps: int
+    loss: float
+    valid_loss: float | None
+    n_tokens: int
+    wall_s: float
+    cpu_s: float
+    peak_anon_bytes: int
+    peak_rss_bytes: int
+    interrupted: bool = False
+
+
+class Observer(Protocol):
+    """Told of what happens; the command line draws progress from it."""
+
+    def on_step(self, report: StepReport) -> None:
+        """An update was made."""
+
+    def on_valid(self, step: int, result: Evaluation) -> None:
+        """A validation was made after `step` updates."""
+
+    def on_save(self, step: int) -> None:
+        """The adapter of `step` is on disk."""
+
+
+def index_stream(count: int, seed: int) -> Iterator[int]:
+    """Indices of `count` records, each pass in a new order that the seed decides."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from torch.randperm(count, generator=generator).tolist()
+
+
+class Trainer:
+    """One run over a data set."""
+
+    def __init__(
+        self, model: Decoder, adapter: Adapter, method: Method, settings: TrainSettings
+    ) -> None:
+        """Set up the optimiser and the gradient sink that the settings ask for."""
+        self.model, self.adapter, self.method, self.settings = model, adapter, method, settings
+        optimizer = OPTIMIZERS[settings.optimizer](settings)
+        accumulates = settings.grad_accumulation_steps > 1 or settings.max_grad_norm is not None
+        self._sink: ApplySink | AccumulateSink = (
+            AccumulateSink(adapter.parameters, optimizer, settings.max_grad_norm)
+            if accumulates
+            else ApplySink(adapter.parameters, optimizer)
+        )
+        self._stop_requested = False
+
+    def request_stop(self) -> None:
+        """End the run after the update that is being made, with its adapter saved."""
+        self._stop_requested = True
+
+    def update(self, batches: list[Batch], step: int) -> tuple[float, float | None]:
+        """One optimiser update from micro-batches, each token weighing the same.
+
+        Returns:
+            The mean loss per labelled token before the update, and the gradient norm if known.
+
+        Raises:
+            TrainingError: a loss or gradient is not finite; the parameters of a non-finite loss
+                are as they were before this update.
+        """
+        n_tokens = sum(batch.n_tokens for batch in batches)
+        total = 0.0
+        for number, batch in enumerate(batches):
+            seed = (self.settings.seed * 1_000_003 + step) * 1_009 + number
+            total += self.method.step(
+                self.model, self.adapter, batch, self._sink, Step(1.0 / n_tokens, seed)
+            )
+        return total / n_tokens, self._sink.finish()
+
+    def run(
+        self,
+        train: Sequences,
+        valid: Sequences | None,
+        run_dir: RunDir,
+        observer: Observer,
+    ) -> TrainResult:
+        """Train for `iters` updates, validating and saving on the way.
+
+        Args:
+            train: sequences to learn.
+            valid: sequences to validate on, or None.
+            run_dir: takes the adapter and the metrics.
+            observer: told of every step.
+
+        Returns:
+            A summary; `interrupted` is set when Ctrl-C ended the run and the adapter was saved.
+
+        Raises:
+            TrainingError: a loss or gradient was not finite; the last good adapter is on disk.
+        """
+        run_dir.save(self.adapter, 0)
+        history = _History()
+        with MemoryMeter() as meter:
+            try:
+                self._steps(train, valid, run_dir, observer, meter, history)
+            except KeyboardInterrupt:
+                history.interrupted = True
+            except TrainingError as error:
+                run_dir.roll_back()
+                raise TrainingError(
+                    f"training stopped at step {history.steps + 1}: {error} The adapter on disk is "
+                    f"that of step {run_dir.saved_step}."
+                ) from error
+            run_dir.save(self.adapter, history.steps)
+            observer.on_save(history.steps)
+            run_dir.confirm()
+        return history.result()
+
+    def _steps(
+        self,
+        train: Sequences,
+        valid: Sequences | None,
+        run_dir: RunDir,
+        observer: Observer,
+        meter: MemoryMeter,
+        history: _History,
+    ) -> None:
+        s = self.settings
+        indices = index_stream(len(train), s.seed)
+        self._validate(valid, 0, run_dir, observer, history)
+        for step in range(1, s.iters + 1):
+            micro = [
+                [next(indices) for _ in range(s.batch_size)]
+                for _ in range(s.grad_accumulation_steps)
+            ]
+            batches = [batch_of(train, chosen) for chosen in micro]
+            report = measured_update(self, batches, step, meter)
+            history.add(report)
+            run_dir.confirm()
+            run_dir.log(asdict(report))
+            observer.on_step(report)
+            if self._stop_requested:
+                raise KeyboardInterrupt
+            if step % s.steps_per_eval == 0 or step == s.iters:
+                self._validate(valid, step, run_dir, observer, history)
+            if step % s.save_every == 0 and step < s.iters:
+                run_dir.save(self.adapter, step)
+                observer.on_save(step)
+
+    def _validate(
+        self,
+        valid: Sequences | None,
+        step: int,
+        run_dir: RunDir,
+        observer: Observer,
+        history: _History,
+    ) -> None:
+        if valid is None:
+            return
+        s = self.settings
+        result = evaluate(
+            self.model, self.adapter, valid, self.method,
+            batch_size=s.batch_size, max_batches=s.val_batches,
+        )  # fmt: skip
+        history.valid_loss = result.loss
+        run_dir.log({"step": step, "valid_loss": result.loss, "n_tokens": result.n_tokens})
+        observer.on_valid(step, result)
+
+
+def measured_update(
+    trainer: Trainer, batches: list[Batch], step: int, meter: MemoryMeter
+) -> StepReport:
+    """One update, with its time and its peak of memory."""
+    meter.take()
+    wall, cpu = time.perf_counter(), sum(os.times()[:2])
+    loss, norm = trainer.update(batches, step)
+    wall, cpu = time.perf_counter() - wall, sum(os.times()[:2]) - cpu
+    peak = meter.take()
+    return StepReport(
+        step=step,
+        loss=loss,
+        n_tokens=sum(batch.n_tokens for batch in batches),
+        wall_s=wall,
+        cpu_s=cpu,
+        tokens_per_s=sum(len(batch.ids) for batch in batches) / max(wall, 1e-9),
+        peak_anon_bytes=peak.anon_bytes,
+        peak_rss_bytes=peak.rss_bytes,
+        grad_norm=norm,
+    )
+
+
+class _History:
+    """Sums over the steps made so far."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.interrupted = False
+        self.valid_loss: float | None = None
+        self._loss = math.nan
+        self._tokens = 0
+        self._wall = self._cpu = 0.0
+        self._anon = self._rss = 0
+
+    def add(self, report: StepReport) -> None:
+        self.steps, self._loss = report.step, report.loss
+        self._tokens += report.n_tokens
+        self._wall += report.wall_s
+        self._cpu += report.cpu_s
+        self._anon = max(self._anon, report.peak_anon_bytes)
+        self._rss = max(self._rss, report.peak_rss_bytes)
+
+    def result(self) -> TrainResult:
+        return TrainResult(
+            self.steps, self._loss, self.valid_loss, self._tokens, self._wall, self._cpu,
+            self._anon, self._rss, self.interrupted,
+        )  # fmt: skip

@@ -1,0 +1,208 @@
+"""A whole run: check everything, tokenise in a child, train, save."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+
+from lowtide.config import build
+from lowtide.data.cache import TokenDataset
+from lowtide.data.formats import FeatureNames
+from lowtide.data.prepare import PrepareReport, PrepareRequest, prepare
+from lowtide.errors import ConfigError, DataError
+from lowtide.infer.evaluate import Evaluation
+from lowtide.methods import get_method
+from lowtide.model.adapter import Adapter
+from lowtide.model.decoder import Decoder, load_model
+
+from .loop import Observer, StepReport, Trainer, TrainResult
+from .run_dir import RunDir, check_output, check_space
+from .settings import DataSettings, ModelSettings, TrainSettings
+
+_CACHE_DIR = "tokenized"
+
+
+class RunObserver(Observer, Protocol):
+    """An observer that also hears of the preparation."""
+
+    def on_model(self, model: Decoder, adapter: Adapter) -> None:
+        """The model is mapped and the adapter made."""
+
+    def on_data(self, report: PrepareReport) -> None:
+        """The data is tokenised."""
+
+    def on_stopping(self) -> None:
+        """Ctrl-C was heard; the update being made is finished first."""
+
+
+class Quiet:
+    """An observer that says nothing."""
+
+    def on_model(self, model: Decoder, adapter: Adapter) -> None:
+        """Nothing."""
+
+    def on_data(self, report: PrepareReport) -> None:
+        """Nothing."""
+
+    def on_step(self, report: StepReport) -> None:
+        """Nothing."""
+
+    def on_valid(self, step: int, result: Evaluation) -> None:
+        """Nothing."""
+
+    def on_save(self, step: int) -> None:
+        """Nothing."""
+
+    def on_stopping(self) -> None:
+        """Nothing."""
+
+
+def train(
+    settings: TrainSettings | None = None, *, observer: RunObserver | None = None, **given: Any
+) -> TrainResult:
+    """Fine-tune an adapter and save it in PEFT's format: what `lowtide train` does.
+
+    Args:
+        settings: all settings; or give them as keywords instead.
+        observer: told of progress; silent when None.
+        **given: settings by name, such as `model=`, `data=`, `adapter_path=`.
+
+    Returns:
+        What the run did. The adapter is in `adapter_path`.
+
+    Raises:
+        ConfigError: a setting is unknown, missing or out of range.
+        ModelError: the model cannot be used.
+        DataError: the data cannot be used.
+        OutputError: the output directory cannot be used, or the disk is full.
+        TrainingError: a loss was not finite; the last good adapter is on disk.
+    """
+    if settings is not None and given:
+        raise ConfigError(f"give settings or keywords, not both ({', '.join(given)}).")
+    settings = settings or build(TrainSettings, given)
+    observer = observer or Quiet()
+    check_supported(settings)
+    directory = Path(settings.adapter_path).expanduser()
+    check_output(directory, settings.overwrite)
+    model = open_model(settings)
+    check_length(model, settings.max_seq_length)
+    adapter = Adapter.create(model, settings.lora_config(), settings.seed)
+    check_space(directory, adapter)
+    observer.on_model(model, adapter)
+    made = not directory.exists()
+    caches = directory / _CACHE_DIR
+    try:
+        report = prepare(_request(settings, model, caches))
+        observer.on_data(report)
+        train_set = TokenDataset.open(report.splits["train"].path)
+        valid = report.splits.get("valid")
+        valid_set = None if valid is None else TokenDataset.open(valid.path)
+        run_dir = RunDir(directory, settings, settings.model)
+        trainer = Trainer(model, adapter, get_method(settings.method), settings)
+        with _finish_update_on_interrupt(trainer, observer):
+            return trainer.run(train_set, valid_set, run_dir, observer)
+    finally:
+        shutil.rmtree(caches, ignore_errors=True)
+        if made and directory.is_dir() and not any(directory.iterdir()):
+            directory.rmdir()
+
+
+def check_supported(settings: TrainSettings) -> None:
+    """Refuse what is declared and not there yet, and combinations that mean nothing.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    if settings.resume:
+        raise ConfigError(
+            "--resume is not supported yet. Start a new run in another --adapter-path, or replace "
+            "this one with --overwrite."
+        )
+    if settings.valid_data is not None and settings.valid_records:
+        raise ConfigError("give --valid-data or --valid-records, not both.")
+
+
+def open_model(settings: ModelSettings) -> Decoder:
+    """The model of the settings, with the number of threads applied."""
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    return load_model(settings.model, settings.compute_dtype)
+
+
+def check_length(model: Decoder, max_seq_length: int) -> None:
+    """Refuse sequences that the model has no positions for.
+
+    Raises:
+        DataError: says both numbers.
+    """
+    if max_seq_length > model.spec.max_positions:
+        raise DataError(
+            f"--max-seq-length {max_seq_length} is more than the model's "
+            f"{model.spec.max_positions} positions (max_position_embeddings in config.json). Use "
+            f"--max-seq-length {model.spec.max_positions} or less."
+        )
+
+
+def data_request(
+    settings: DataSettings, model: Decoder, data: str, out: Path, **more: Any
+) -> PrepareRequest:
+    """What the tokenising child is asked to do."""
+    if not data.strip():
+        raise DataError("--data is an empty path; give a .jsonl, .json or .txt file or a directory")
+    tokenizer = Path(settings.tokenizer).expanduser() if settings.tokenizer else model.directory
+    return PrepareRequest(
+        data=Path(data).expanduser(),
+        tokenizer=tokenizer,
+        out=out,
+        max_seq_length=settings.max_seq_length,
+        vocab_size=model.spec.vocab_size,
+        mask_prompt=settings.mask_prompt,
+        chat_template=settings.chat_template,
+        features=FeatureNames(
+            prompt=settings.prompt_feature,
+            completion=settings.completion_feature,
+            text=settings.text_feature,
+            chat=settings.chat_feature,
+        ),
+        **more,
+    )
+
+
+def _request(settings: TrainSettings, model: Decoder, out: Path) -> PrepareRequest:
+    valid = settings.valid_data
+    return data_request(
+        settings,
+        model,
+        settings.data,
+        out,
+        valid_data=None if valid is None else Path(valid).expanduser(),
+        valid_records=settings.valid_records,
+    )
+
+
+@contextmanager
+def _finish_update_on_interrupt(trainer: Trainer, observer: RunObserver) -> Iterator[None]:
+    """The first Ctrl-C ends the run after the update being made, the second at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, before)
+        trainer.request_stop()
+        observer.on_stopping()
+
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

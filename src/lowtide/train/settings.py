@@ -1,0 +1,113 @@
+"""The settings of commands that train or measure, declared once (see `lowtide.config`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lowtide.config import setting
+from lowtide.methods import METHODS
+from lowtide.model.adapter import ALL_LINEAR, LoraConfig
+from lowtide.model.decoder import COMPUTE_DTYPES
+
+from .optim import OPTIMIZERS
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Which model, and how it computes."""
+
+    model: str = setting(help="model directory, or a Hugging Face hub id")
+    compute_dtype: str | None = setting(
+        None,
+        help="dtype of activations and products; none chooses (`lowtide info` says why)",
+        choices=tuple(COMPUTE_DTYPES),
+    )
+    threads: int | None = setting(None, help="CPU threads; none uses torch's choice", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """How text becomes tokens and labels."""
+
+    tokenizer: str | None = setting(
+        None, help="directory with tokenizer.json, where the model's own is not to be used"
+    )
+    max_seq_length: int = setting(
+        512, help="tokens per sequence; longer ones are cut, and reported", minimum=2
+    )
+    mask_prompt: bool = setting(
+        False, help="learn completions only: in chats, every assistant turn"
+    )
+    chat_template: str | None = setting(
+        None, help="Jinja file to use instead of the tokenizer's chat template, or 'none'"
+    )
+    prompt_feature: str = setting("prompt", help="record key of the prompt")
+    completion_feature: str = setting("completion", help="record key of the completion")
+    text_feature: str = setting("text", help="record key of plain text")
+    chat_feature: str = setting("messages", help="record key of a chat's messages")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """The adapter's shape."""
+
+    lora_r: int = setting(8, help="LoRA rank", minimum=1)
+    lora_alpha: float = setting(16.0, help="LoRA output is scaled by alpha / r", above=0)
+    lora_dropout: float = setting(
+        0.0, help="probability of dropping an adapter's input in training", minimum=0, maximum=0.99
+    )
+    target_modules: str = setting(
+        ALL_LINEAR, help="'all-linear', or names separated by commas such as q_proj,v_proj"
+    )
+
+    def lora_config(self) -> LoraConfig:
+        """As the adapter wants it."""
+        return LoraConfig(self.lora_r, self.lora_alpha, self.lora_dropout, self.target_modules)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """What turns gradients into updates."""
+
+    optimizer: str = setting("adamw", help="optimiser", choices=tuple(OPTIMIZERS))
+    learning_rate: float = setting(1e-4, help="step size", above=0)
+    weight_decay: float = setting(0.0, help="L2 term of sgd, decoupled decay of adamw", minimum=0)
+    momentum: float = setting(0.0, help="momentum of sgd", minimum=0, maximum=0.9999)
+    beta1: float = setting(0.9, help="first decay rate of adamw", minimum=0, maximum=0.9999)
+    beta2: float = setting(0.999, help="second decay rate of adamw", minimum=0, maximum=0.999999)
+    adam_eps: float = setting(1e-8, help="epsilon of adamw", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(ModelSettings, DataSettings, LoraSettings, OptimizerSettings):
+    """All settings of `lowtide train`."""
+
+    data: str = setting(
+        help=".jsonl, .json or .txt file, or a directory with {train,valid,test}.jsonl"
+    )
+    adapter_path: str = setting(help="directory to write the adapter to")
+    overwrite: bool = setting(False, help="replace the run that --adapter-path already holds")
+    method: str = setting("mesp", help="how gradients are computed", choices=tuple(METHODS))
+    iters: int = setting(100, help="optimiser updates", minimum=1)
+    batch_size: int = setting(1, help="sequences per forward and backward", minimum=1)
+    grad_accumulation_steps: int = setting(
+        1, help="batches per update, weighted by their labelled tokens", minimum=1
+    )
+    max_grad_norm: float | None = setting(
+        None,
+        help="clip the global gradient norm to this; needs all gradients at once (4 bytes per "
+        "adapter parameter)",
+        above=0,
+    )
+    seed: int = setting(0, help="seed of initialisation, order and dropout", minimum=0)
+    valid_data: str | None = setting(None, help="file to validate on")
+    valid_records: int = setting(
+        0, help="hold out the last N records (.txt: windows) of --data for validation", minimum=0
+    )
+    val_batches: int = setting(
+        25, help="batches per validation; 0 uses the whole validation set", minimum=0
+    )
+    steps_per_report: int = setting(10, help="updates between lines of progress", minimum=1)
+    steps_per_eval: int = setting(200, help="updates between validations", minimum=1)
+    save_every: int = setting(100, help="updates between saves of the adapter", minimum=1)
+    resume: bool = setting(False, help="not supported yet; refused")

@@ -1,0 +1,77 @@
+"""Write a safetensors file from tensors where they lie, durably and in one piece.
+
+`safetensors.torch.save_file` copies every tensor into Python bytes first and refuses views of one
+storage; the adapter is one storage, and a second copy of it would be the peak of a save.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lowtide.errors import OutputError
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+}
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write to a temporary file beside `path`, flush it to the disk, then rename it.
+
+    Args:
+        path: the file; whatever it held stays until the new content is complete.
+        tensors: contiguous CPU tensors by name.
+
+    Raises:
+        OutputError: the disk is full or the directory cannot be written; nothing is left behind.
+    """
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, start + size],
+        }
+        start += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    parts = [t.detach().contiguous().view(torch.uint8).numpy().data for t in tensors.values()]
+    write_atomically(path, [len(text).to_bytes(8, "little"), text, *parts])
+
+
+def write_atomically(path: Path, parts: list[bytes | memoryview]) -> None:
+    """Write `parts` to a temporary file, fsync, rename over `path`, fsync the directory.
+
+    Raises:
+        OutputError: the disk is full or the directory cannot be written; nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(
+            f"{path} cannot be written: {error.strerror}. Free some space or choose another "
+            "directory; what was there before is unchanged."
+        ) from error

@@ -1,7 +1,8 @@
 """What a process's memory is, measured.
 
-`anon` is RssAnon: private dirty memory, which only swap could take back. Mapped weight pages are not
-in it. `peak_anon_bytes` is its peak while watched, above what it was right after `import lowtide`.
+`anon` is RssAnon: private dirty memory, which only swap could take back. Mapped weight pages are
+not in it. `peak_anon_bytes` is its peak while watched, above what it was right after
+`import lowtide`.
 """
 
 from __future__ import annotations

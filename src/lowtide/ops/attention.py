@@ -4,10 +4,10 @@
     backward: P = exp(S - lse), D = rowsum(dO * O)
               dV += P^T dO   dS = P * (dO V^T - D)   dQ = scale dS K   dK += scale dS^T Q
 
-as in FlashAttention (arXiv 2205.14135), with one softmax per row tile because a tile sees all of its
-keys. The `g` query heads that share a key/value head are folded into rows, so that K and V are never
-repeated. Saved: `lse (T, heads)`. A score tile holds at most `score_elements` numbers: memory grows
-with T, not with T^2, and keys above the diagonal are skipped tile by tile.
+as in FlashAttention (arXiv 2205.14135), with one softmax per row tile because a tile sees all of
+its keys. The `g` query heads that share a key/value head are folded into rows, so that K and V are
+never repeated. Saved: `lse (T, heads)`. A score tile holds at most `score_elements` numbers: memory
+grows with T, not with T^2, and keys above the diagonal are skipped tile by tile.
 """
 
 from __future__ import annotations
@@ -110,7 +110,8 @@ def _scores(q: Tensor, k: Tensor, tile: _Tile, heads: Heads, buffer: Tensor) -> 
     torch.bmm(q, k.transpose(1, 2), out=scores)
     count = tile.q1 - tile.q0
     future = torch.ones(count, count, dtype=torch.bool, device=q.device).triu_(1)
-    diagonal = scores[:, :, shape[2] - count :].unflatten(1, (count, heads.group))
+    rows = scores.view(shape[0], count, heads.group, shape[2])
+    diagonal = rows[:, :, :, shape[2] - count :]
     diagonal.masked_fill_(future.unsqueeze(1), float("-inf"))
     return scores
 

@@ -11,8 +11,8 @@ _TAKE_ROWS = 128
 class MappedMatrix:
     """A frozen `(out, in)` matrix whose storage is a mapped safetensors file.
 
-    Implements `ops.frozen.FrozenMatrix`. When the stored dtype is the compute dtype, tiles are views
-    of the file and cost nothing; otherwise they are widened into the caller's buffer.
+    Implements `ops.frozen.FrozenMatrix`. When the stored dtype is the compute dtype, tiles are
+    views of the file and cost nothing; otherwise they are widened into the caller's buffer.
     """
 
     def __init__(self, stored: Tensor, compute_dtype: torch.dtype) -> None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
+from lowtide.demo import words
 from lowtide.demo.requests import TEMPLATES, Example, Template, example
-from lowtide.demo.slots import GENERIC, Sampler, Slot, Value
+from lowtide.demo.slots import GENERIC, Sampler, Slot, Value, filled, named
 
 Facts = Mapping[str, Mapping[str, Value]]
 """What a private phrase stands for: phrase -> fields of the call."""
@@ -118,14 +119,31 @@ _LEXICON = {
     "to": _one_of(PEOPLE),
     "clock": _clock,
     "scene": _one_of(SCENES),
+    "message": filled(words.MESSAGES, new=0.0),
+    "task": filled(words.TASKS, new=0.0),
+    "music": named("what", words.MUSIC, new=0.0),
+    "tune": named("music", words.MUSIC, new=0.0),
+    "show": named("what", words.SHOWS, new=0.0),
+    "zone": named("zone", words.ZONES, new=0.0),
 }
+_MORE_OFTEN = {"device.set": 1.6, "lock.set": 1.5, "message.send": 0.6, "reminder.add": 0.7}
 _TEMPLATES: Sequence[Template] = (
-    *(template for template in TEMPLATES if template.tool not in _LEFT_OUT),
+    *(
+        replace(template, weight=template.weight * _MORE_OFTEN.get(template.tool, 1.0))
+        for template in TEMPLATES
+        if template.tool not in _LEFT_OUT
+    ),
     *_PRIVATE_TEMPLATES,
 )
-_PHRASES = tuple(
-    phrase for facts in (ROOMS, DEVICES, DOORS, PEOPLE, TIMES, SCENES) for phrase in facts
-)
+_FACTS: Facts = {**ROOMS, **DEVICES, **DOORS, **PEOPLE, **TIMES, **SCENES}
+
+
+def is_private(drawn: Example) -> bool:
+    """Whether the answer takes something that only this household knows."""
+    call = json.loads(drawn.completion)
+    return any(
+        phrase in drawn.core and fields.items() <= call.items() for phrase, fields in _FACTS.items()
+    )
 
 
 def household_examples(seed: int, count: int) -> list[Example]:
@@ -134,7 +152,7 @@ def household_examples(seed: int, count: int) -> list[Example]:
     found: dict[str, Example] = {}
     while len(found) < count:
         drawn = example(rng, _LEXICON, _TEMPLATES)
-        if any(phrase in drawn.core for phrase in _PHRASES):
+        if is_private(drawn):
             found.setdefault(drawn.core, drawn)
     return list(found.values())
 

@@ -80,7 +80,9 @@ def _mostly(options: Sequence[str], rng: Random, new: float = 0.3) -> str:
     return words.pseudo_word(rng) if rng.random() < 0.7 else rng.choice(words.NOUNS)
 
 
-def _named(key: str, options: Sequence[str], new: float = 0.3) -> Sampler:
+def named(key: str, options: Sequence[str], new: float = 0.3) -> Sampler:
+    """A name that goes into the call under `key`; with probability `new` not one of `options`."""
+
     def sample(rng: Random) -> Slot:
         name = _mostly(options, rng, new)
         return Slot(name, {key: name})
@@ -115,15 +117,15 @@ def _to(rng: Random) -> Slot:
     return Slot(name, {"to": name})
 
 
-def _filled(options: Sequence[str]) -> Sampler:
+def filled(options: Sequence[str], new: float = 0.3) -> Sampler:
     """Free text that goes into the call word for word, with names of its own inside."""
 
     def sample(rng: Random) -> Slot:
         text = rng.choice(options).format(
-            person=_person(rng),
-            item=_mostly(words.ITEMS, rng),
+            person=_person(rng) if new else rng.choice(words.PEOPLE),
+            item=_mostly(words.ITEMS, rng, new),
             zone=rng.choice(words.ZONES),
-            noun=_mostly(words.NOUNS, rng),
+            noun=_mostly(words.NOUNS, rng, new),
             device=rng.choice(words.DEVICES),
         )
         return Slot(text, {"text": text})
@@ -229,17 +231,17 @@ GENERIC: Lexicon = {
     "door": _door,
     "item": _item,
     "several": _several,
-    "list": _named("list", words.LISTS),
+    "list": named("list", words.LISTS),
     "to": _to,
-    "message": _filled(words.MESSAGES),
-    "task": _filled(words.TASKS),
-    "music": _named("what", words.MUSIC, 0.4),
-    "tune": _named("music", words.MUSIC, 0.4),
-    "show": _named("what", words.SHOWS),
-    "place": _named("place", words.PLACES, 0.5),
-    "zone": _named("zone", words.ZONES),
-    "timer": _named("name", words.TIMER_NAMES),
-    "color": _named("color", words.COLORS, 0.0),
+    "message": filled(words.MESSAGES),
+    "task": filled(words.TASKS),
+    "music": named("what", words.MUSIC, 0.4),
+    "tune": named("music", words.MUSIC, 0.4),
+    "show": named("what", words.SHOWS),
+    "place": named("place", words.PLACES, 0.5),
+    "zone": named("zone", words.ZONES),
+    "timer": named("name", words.TIMER_NAMES),
+    "color": named("color", words.COLORS, 0.0),
     "onoff": _state,
     "level": _level,
     "temp": _temp,

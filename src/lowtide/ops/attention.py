@@ -84,7 +84,7 @@ def _tiles(segments: Sequence[Segment], heads: Heads, capacity: int) -> Iterator
 
 
 def _fold(x: Tensor, tile: _Tile, heads: Heads) -> Tensor:
-    """Rows of q-like `x` as `(kv heads, rows * group, dim)`, contiguous."""
+    """Rows of q-like `x` as `(kv heads, rows * group, dim)`; a view of `x` where that can be."""
     rows = x[tile.q0 : tile.q1].view(tile.q1 - tile.q0, heads.num_kv, heads.group, heads.dim)
     return rows[:, tile.h0 : tile.h1].transpose(0, 1).reshape(tile.h1 - tile.h0, -1, heads.dim)
 
@@ -104,10 +104,11 @@ def _per_kv_head(x: Tensor, tile: _Tile, heads: Heads) -> Tensor:
 
 
 def _scores(q: Tensor, k: Tensor, tile: _Tile, heads: Heads, buffer: Tensor) -> Tensor:
-    """Masked `Q K^T` of a tile: `(kv heads, rows * group, keys)`; q is already scaled."""
+    """Masked `scale Q K^T` of a tile: `(kv heads, rows * group, keys)`."""
     shape = (q.shape[0], q.shape[1], k.shape[1])
     scores = buffer[: shape[0] * shape[1] * shape[2]].view(shape)
-    torch.bmm(q, k.transpose(1, 2), out=scores)
+    # The scale goes into the product: a folded q can be a view of the caller's.
+    torch.baddbmm(scores, q, k.transpose(1, 2), beta=0.0, alpha=heads.dim**-0.5, out=scores)
     count = tile.q1 - tile.q0
     future = torch.ones(count, count, dtype=torch.bool, device=q.device).triu_(1)
     rows = scores.view(shape[0], count, heads.group, shape[2])
@@ -140,11 +141,10 @@ def attention_forward(
     Returns:
         `lse (T, num)`: T num elements, saved for the backward.
     """
-    scale = heads.dim**-0.5
     lse = q.new_empty(q.shape[0], heads.num)
     for tile in _tiles(segments, heads, score.numel()):
         keys, values = _per_kv_head(k, tile, heads), _per_kv_head(v, tile, heads)
-        p = _scores(_fold(q, tile, heads).mul_(scale), keys, tile, heads, score)
+        p = _scores(_fold(q, tile, heads), keys, tile, heads, score)
         top = p.amax(-1, keepdim=True)
         total = p.sub_(top).exp_().sum(-1, keepdim=True)
         folded = torch.bmm(p, values).div_(total)
@@ -189,11 +189,11 @@ def attention_backward(
     per_row = heads._replace(dim=1)
     for tile in _tiles(segments, heads, scores[0].numel()):
         keys, values = _per_kv_head(k, tile, heads), _per_kv_head(v, tile, heads)
-        q_tile, do_tile = _fold(q, tile, heads).mul_(scale), _fold(do, tile, heads)
+        q_tile, do_tile = _fold(q, tile, heads), _fold(do, tile, heads)
         p = _scores(q_tile, keys, tile, heads, scores[0])
         p.sub_(_fold(lse, tile, per_row)).exp_()
         _per_kv_head(dv, tile, heads).add_(torch.bmm(p.transpose(1, 2), do_tile))
         ds = torch.bmm(do_tile, values.transpose(1, 2), out=scores[1][: p.numel()].view(p.shape))
         ds.sub_(_fold(delta, tile, per_row)).mul_(p)
-        _per_kv_head(dk, tile, heads).add_(torch.bmm(ds.transpose(1, 2), q_tile))
+        _per_kv_head(dk, tile, heads).add_(torch.bmm(ds.transpose(1, 2), q_tile), alpha=scale)
         _unfold_into(torch.bmm(ds, keys).mul_(scale), q, tile, heads)

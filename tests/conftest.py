@@ -1,0 +1,24 @@
+"""Fixtures that several test rooms share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import helpers
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def odd_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Writes each of `helpers.SHAPES` once for each stored dtype; returns its directory."""
+    made: dict[tuple[str, torch.dtype], Path] = {}
+
+    def make(name: str, dtype: torch.dtype = torch.float32) -> Path:
+        if (name, dtype) not in made:
+            directory = tmp_path_factory.mktemp(name)
+            made[name, dtype] = helpers.write_model(directory, helpers.SHAPES[name], dtype)
+        return made[name, dtype]
+
+    return make

@@ -1,0 +1,127 @@
+"""Tiled attention over ragged segments against torch's own, one sequence and head at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import EPS32, assert_noise_floor, randn, relative
+from torch import Tensor
+
+from lowtide.ops.attention import (
+    Heads,
+    Segment,
+    attention_backward,
+    attention_forward,
+    score_elements,
+    self_segments,
+)
+
+TOLERANCE = 1e-12  # float64 sums of a few hundred terms round at 1e-14
+HEADS = [Heads(5, 1, 6), Heads(6, 2, 10), Heads(3, 3, 22), Heads(1, 1, 2)]
+LENGTHS = [[1], [5], [1, 1, 1], [1, 5, 1, 37, 2], [123]]
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, heads: Heads, lengths: list[int]) -> Tensor:
+    """The same function through scaled_dot_product_attention."""
+    outputs = []
+    for parts in zip(*(t.split(lengths) for t in (q, k, v)), strict=True):
+        per_head = [t.view(len(t), -1, heads.dim).transpose(0, 1).unsqueeze(0) for t in parts]
+        q_i, k_i, v_i = (
+            t if i == 0 else t.repeat_interleave(heads.group, 1) for i, t in enumerate(per_head)
+        )
+        o = F.scaled_dot_product_attention(q_i, k_i, v_i, is_causal=True)
+        outputs.append(o[0].transpose(0, 1).reshape(len(parts[0]), -1))
+    return torch.cat(outputs)
+
+
+def _inputs(
+    heads: Heads, tokens: int, dtype: torch.dtype = torch.float64
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, do = (randn(tokens, heads.num * heads.dim, seed=i, dtype=dtype) for i in (0, 3))
+    k, v = (randn(tokens, heads.num_kv * heads.dim, seed=i, dtype=dtype) for i in (1, 2))
+    return q, k, v, do
+
+
+def _ours(
+    q: Tensor, k: Tensor, v: Tensor, do: Tensor, heads: Heads, lengths: list[int], capacity: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output and gradients. Every buffer starts as NaN; inputs must stay as they were."""
+    segments = self_segments(lengths)
+    before = [t.clone() for t in (q, k, v, do)]
+    out = torch.full_like(q, torch.nan)
+    scores = [torch.full((capacity,), torch.nan, dtype=q.dtype) for _ in range(2)]
+    lse = attention_forward(q, k, v, heads, segments, out=out, score=scores[0])
+    assert all(t.equal(b) for t, b in zip((q, k, v), before, strict=False)), "input overwritten"
+    dq, o = q.clone(), out.clone()
+    dk, dv = torch.full_like(k, torch.nan), torch.full_like(v, torch.nan)
+    attention_backward(do, dq, k, v, o, lse, heads, segments, dk=dk, dv=dv, scores=scores)
+    assert all(t.equal(b) for t, b in zip((q, k, v, do), before, strict=True)), "input overwritten"
+    return out, dq, dk, dv
+
+
+def _capacities(heads: Heads, lengths: list[int]) -> list[int]:
+    """One row of one kv head, a few rows, and the workspace's own size: all tilings differ."""
+    row = heads.group * max(lengths)
+    narrow = [row, 3 * row + 1] if max(lengths) < 100 else [11 * row + 1]
+    return [*narrow, 17 * row * heads.num_kv, score_elements(max(lengths))]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_matches_autograd_in_float64_at_every_tiling(heads: Heads, lengths: list[int]) -> None:
+    q, k, v, do = _inputs(heads, sum(lengths))
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    truth = _plain(*leaves, heads, lengths)
+    gradients = torch.autograd.grad(truth, leaves, do)
+    for capacity in _capacities(heads, lengths):
+        out, *ours = _ours(q, k, v, do, heads, lengths, capacity)
+        assert relative(out, truth) < TOLERANCE
+        for name, mine, theirs in zip("qkv", ours, gradients, strict=True):
+            # A single token's dq and dk are zero, so measure against the size of dv there.
+            size = float(theirs.norm().clamp_min(gradients[2].norm()))
+            error = float((mine - theirs).norm()) / size
+            assert error < TOLERANCE, f"d{name} at capacity {capacity}: {error:.2e}"
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_float32_is_as_close_as_the_plain_formula(heads: Heads) -> None:
+    lengths = [1, 5, 1, 64, 2]
+    inputs = _inputs(heads, sum(lengths), torch.float32)
+
+    def plain(dtype: torch.dtype) -> list[Tensor]:
+        leaves = [t.clone().to(dtype).requires_grad_() for t in inputs[:3]]
+        o = _plain(*leaves, heads, lengths)
+        return [o.detach(), *torch.autograd.grad(o, leaves, inputs[3].to(dtype))]
+
+    ours = _ours(*inputs, heads, lengths, score_elements(64))
+    for mine, naive, truth in zip(ours, plain(torch.float32), plain(torch.float64), strict=True):
+        # Scores of size up to |q||k|/sqrt(dim) carry their rounding into the exponent.
+        assert_noise_floor(mine, naive, truth, float(truth.abs().max()) * heads.dim**0.5)
+
+
+def test_earlier_keys_from_a_cache() -> None:
+    heads = Heads(6, 2, 10)
+    q, k, v, _ = _inputs(heads, 11)
+    whole = _plain(q, k, v, heads, [11])
+    for first in (0, 3, 10):
+        queries = q[first:].clone()
+        out = torch.empty_like(queries)
+        score = torch.empty(heads.group * 11, dtype=q.dtype)
+        segments = [Segment(0, 11 - first, 0, 11)]
+        attention_forward(queries, k, v, heads, segments, out=out, score=score)
+        assert relative(out, whole[first:]) < TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scores_of_ten_thousand_stay_finite_and_right(dtype: torch.dtype) -> None:
+    heads, lengths = Heads(4, 2, 4), [9, 4]
+    q, k, v, do = (t.to(dtype) for t in _inputs(heads, 13))
+    q, k = q * 100, k * 100  # scores up to about 1e4 * |q||k| / 2
+    out, dq, dk, dv = _ours(q, k, v, do, heads, lengths, 1 << 17)
+    truth = _plain(q.double(), k.double(), v.double(), heads, lengths)
+    assert all(torch.isfinite(t).all() for t in (out, dq, dk, dv))
+    # A score of 3e4 rounds by 3e4 eps, and so relatively does its exponential.
+    tolerance = 1e-10 if dtype is torch.float64 else 3e4 * 8 * EPS32
+    assert relative(out, truth) < tolerance
+    assert float(out.abs().max()) <= float(v.abs().max()) * (1 + 1e-5)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import math
 import types
 import typing
@@ -30,6 +31,10 @@ class Rule:
     minimum: float | None = None
     maximum: float | None = None
     above: float | None = None
+    filled: bool = False
+    """Text must not be empty."""
+    listed: bool = False
+    """Text that may come as a list, which is joined by commas."""
 
 
 def setting(default: Any = MISSING, **rule: Any) -> Any:
@@ -60,21 +65,49 @@ def build(kind: type[S], given: Mapping[str, Any]) -> S:
     known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]  # kind is a dataclass
     values: dict[str, Any] = {}
     problems: list[str] = []
+    seen = set()
     for key, value in given.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            problems.append(f"unknown setting {key!r}{did_you_mean(name, known)}")
+            problems.append(f"unknown setting {key!r}{_setting_meant(name, known)}")
             continue
+        seen.add(name)
         try:
             values[name] = _checked(name, value, hints[name], known[name].metadata["rule"])
         except ValueError as error:
             problems.append(str(error))
     for name, one in known.items():
-        if name not in values and one.default is MISSING and not any(name in p for p in problems):
+        if name not in seen and one.default is MISSING:
             problems.append(f"{flag(name)} is required: {one.metadata['rule'].help}")
     if problems:
         raise ConfigError(f"the settings cannot be used:\n{listed(problems)}")
     return kind(**values)
+
+
+ELSEWHERE = {
+    "lr": "learning_rate",
+    "rank": "lora_r",
+    "r": "lora_r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "steps": "iters",
+    "max_steps": "iters",
+    "max_length": "max_seq_length",
+    "seq_len": "max_seq_length",
+    "out": "adapter_path",
+    "output_dir": "adapter_path",
+    "adapter": "adapter_path",
+    "max_new_tokens": "max_tokens",
+    "gradient_accumulation_steps": "grad_accumulation_steps",
+}
+"""What other programs call a setting -> what it is called here; used in suggestions only."""
+
+
+def _setting_meant(name: str, known: Mapping[str, Any]) -> str:
+    usual = ELSEWHERE.get(name)
+    if usual is not None and usual in known:
+        return f"; did you mean {usual!r}?"
+    return did_you_mean(name, known)
 
 
 def did_you_mean(name: str, known: typing.Iterable[str]) -> str:
@@ -101,31 +134,51 @@ def _checked(name: str, value: Any, hint: Any, rule: Rule) -> Any:
     base, optional = _base_type(hint)
     if value is None and optional:
         return None
-    if base is float and isinstance(value, str | int) and not isinstance(value, bool):
-        try:  # YAML reads 1e-4 as a string
-            value = float(value)
-        except ValueError:
-            pass
-    if base is str and isinstance(value, Path):
-        value = str(value)
-    if base is str and isinstance(value, list | tuple) and name == "target_modules":
-        value = ",".join(map(str, value))
+    value = _converted(value, base, rule)
     if not isinstance(value, base) or (base is not bool and isinstance(value, bool)):
         raise ValueError(f"{name} = {value!r}: expected {_kind_name(base)}")
-    if base is float and not math.isfinite(value):
-        raise ValueError(f"{name} = {value!r}: expected a finite number")
+    if isinstance(value, str):
+        _check_text(name, value, rule)
+    elif isinstance(value, int | float):
+        _check_range(name, value, rule)
+    return value
+
+
+def _converted(value: Any, base: type, rule: Rule) -> Any:
+    """Other spellings of a type; what has none comes back as it is."""
+    if base is float and isinstance(value, str | int) and not isinstance(value, bool):
+        try:  # YAML reads 1e-4 as a string
+            return float(value)
+        except (ValueError, OverflowError):
+            return value
+    if base is str and isinstance(value, Path):
+        return str(value)
+    if base is str and rule.listed and isinstance(value, list | tuple):
+        return ",".join(map(str, value))
+    return value
+
+
+def _check_text(name: str, value: str, rule: Rule) -> None:
+    if "\0" in value:
+        raise ValueError(f"{name} = {value!r}: expected text without NUL characters")
+    if rule.filled and not value.strip():
+        raise ValueError(f"{name} is empty; expected: {rule.help}")
     if rule.choices is not None and value not in rule.choices:
         raise ValueError(
             f"{name} = {value!r}: choose {', '.join(rule.choices)}"
-            f"{did_you_mean(str(value), rule.choices)}"
+            f"{did_you_mean(value, rule.choices)}"
         )
+
+
+def _check_range(name: str, value: float, rule: Rule) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} = {value!r}: expected a finite number")
     if rule.minimum is not None and value < rule.minimum:
-        raise ValueError(f"{name} = {value!r}: expected at least {rule.minimum:g}")
+        raise ValueError(f"{name} = {value!r}: expected at least {rule.minimum}")
     if rule.maximum is not None and value > rule.maximum:
-        raise ValueError(f"{name} = {value!r}: expected at most {rule.maximum:g}")
+        raise ValueError(f"{name} = {value!r}: expected at most {rule.maximum}")
     if rule.above is not None and not value > rule.above:
-        raise ValueError(f"{name} = {value!r}: expected more than {rule.above:g}")
-    return value
+        raise ValueError(f"{name} = {value!r}: expected more than {rule.above}")
 
 
 def _kind_name(base: type) -> str:
@@ -144,29 +197,51 @@ class Parser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(argv)
         if unknown:
             flags = [o for action in self._actions for o in action.option_strings]
-            hints = [
-                f"unknown argument {u!r}{did_you_mean(u.split('=')[0], flags)}" for u in unknown
-            ]
-            raise ConfigError(f"{listed(hints)}\nSee `{self.prog} --help`.")
+            found = [u for u in unknown if u.startswith("-")] or unknown  # without their values
+            hints = [f"unknown argument {u!r}{_flag_meant(u, flags)}" for u in found]
+            raise ConfigError(
+                f"the command line cannot be used:\n{listed(hints)}\nSee `{self.prog} --help`."
+            )
         return parsed
+
+
+def _flag_meant(argument: str, flags: Sequence[str]) -> str:
+    """What an unknown argument might have been; a bare word is never a misspelt flag."""
+    if not argument.startswith("-"):
+        return "; a setting is given as --name value"
+    name = argument.split("=")[0]
+    usual = ELSEWHERE.get(name.strip("-").replace("-", "_"))
+    if usual is not None and flag(usual) in flags:
+        return f"; did you mean {flag(usual)!r}?"
+    return did_you_mean(name, flags)
 
 
 def parser_for(kind: type, prog: str, description: str) -> Parser:
     """A command line with one flag per setting, `--config` and `--json`."""
     parser = Parser(prog=prog, description=description, allow_abbrev=False)
     hints = typing.get_type_hints(kind)
+    required = parser.add_argument_group("required")
+    groups = {owner: parser.add_argument_group(title) for owner, title in _groups(kind).items()}
+    usage = []
     for one in fields(kind):
         rule: Rule = one.metadata["rule"]
         base, _ = _base_type(hints[one.name])
-        default = "required" if one.default is MISSING else f"default: {_shown(one.default)}"
-        text = f"{rule.help} ({default})".replace("%", "%%")
-        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text, "dest": one.name}
+        text = rule.help
+        if one.default is not MISSING:
+            text += f" (default: {_shown(one.default)})"
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": one.name}
+        options["help"] = text.replace("%", "%%")
         if base is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
             options["type"] = _converter(base)
-            options["metavar"] = "|".join(rule.choices) if rule.choices else base.__name__.upper()
-        parser.add_argument(flag(one.name), **options)
+            options["metavar"] = _metavar(base, rule)
+        if one.default is MISSING:
+            usage.append(f"{flag(one.name)} {options['metavar']}")
+            required.add_argument(flag(one.name), **options)
+        else:
+            groups[_owner(kind, one.name)].add_argument(flag(one.name), **options)
+    parser.usage = " ".join([prog, *usage, "[flags]"])
     parser.add_argument(
         "--config", default=None, metavar="FILE", help="YAML file of settings; flags win over it"
     )
@@ -176,20 +251,38 @@ def parser_for(kind: type, prog: str, description: str) -> Parser:
     return parser
 
 
+def _groups(kind: type) -> dict[type, str]:
+    """The classes that settings are declared in, the command's own first, and their headings."""
+    bases = [c for c in reversed(kind.__mro__[1:]) if dataclasses.is_dataclass(c)]
+    titles = {base: (base.__doc__ or "").split(".")[0].lower() for base in bases}
+    return {kind: "this command", **titles}
+
+
+def _owner(kind: type, name: str) -> type:
+    return next(c for c in kind.__mro__ if name in inspect.get_annotations(c))
+
+
+def _metavar(base: type, rule: Rule) -> str:
+    if rule.choices:
+        return "|".join(rule.choices)
+    return "PATH" if rule.filled else {int: "N", float: "X"}.get(base, "TEXT")
+
+
 def _converter(base: type) -> Any:
     """argparse's type: what does not convert stays text, so that `build` reports it."""
 
     def convert(text: str) -> Any:
         try:
             return base(text)
-        except ValueError:
+        except (ValueError, OverflowError):
             return text
 
     return convert
 
 
 def _shown(default: Any) -> str:
-    return "none" if default is None else str(default)
+    words = {None: "none", True: "yes", False: "no"}
+    return words[default] if default is None or isinstance(default, bool) else str(default)
 
 
 def from_command_line(kind: type[S], parsed: argparse.Namespace) -> S:

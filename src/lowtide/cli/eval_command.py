@@ -14,18 +14,22 @@ from lowtide.infer.evaluate import evaluate
 from lowtide.methods import get_method
 from lowtide.model.adapter import Adapter
 from lowtide.train.run import check_length, data_request, open_model
-from lowtide.train.settings import DataSettings, ModelSettings
+from lowtide.train.settings import MAX_BATCH, DataSettings, ModelSettings
 
 from .output import settings_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalSettings(ModelSettings, DataSettings):
+class EvalSettings(DataSettings, ModelSettings):
     """Settings of `lowtide eval`."""
 
-    data: str = setting(help="file, or directory whose test (else valid) split is evaluated")
-    adapter_path: str | None = setting(None, help="PEFT adapter directory to apply")
-    batch_size: int = setting(1, help="sequences at a time; the result is the same", minimum=1)
+    data: str = setting(
+        help="file, or directory whose test (else valid) split is evaluated", filled=True
+    )
+    adapter_path: str | None = setting(None, help="PEFT adapter directory to apply", filled=True)
+    batch_size: int = setting(
+        1, help="sequences at a time; the result is the same", minimum=1, maximum=MAX_BATCH
+    )
 
 
 def run(argv: Sequence[str]) -> int:

@@ -12,7 +12,7 @@ from lowtide.errors import DataError
 from lowtide.infer.generate import Sampling, generate
 from lowtide.model.adapter import Adapter
 from lowtide.train.run import open_model
-from lowtide.train.settings import ModelSettings
+from lowtide.train.settings import MAX_SEED, ModelSettings
 
 from .output import settings_of
 
@@ -22,18 +22,22 @@ class GenerateSettings(ModelSettings):
     """Settings of `lowtide generate`."""
 
     prompt: str = setting("", help="text to answer or continue; empty starts from BOS")
-    adapter_path: str | None = setting(None, help="PEFT adapter directory to apply")
+    adapter_path: str | None = setting(None, help="PEFT adapter directory to apply", filled=True)
     tokenizer: str | None = setting(
-        None, help="directory with tokenizer.json, where the model's own is not to be used"
+        None,
+        help="directory with tokenizer.json, where the model's own is not to be used",
+        filled=True,
     )
     chat_template: str | None = setting(
-        None, help="Jinja file to use instead of the tokenizer's chat template, or 'none'"
+        None,
+        help="Jinja file to use instead of the tokenizer's chat template, or 'none'",
+        filled=True,
     )
     max_tokens: int = setting(256, help="tokens to generate at most", minimum=1)
     temperature: float = setting(0.0, help="0 is greedy; higher is more varied", minimum=0)
     top_p: float = setting(1.0, help="sample from the likeliest tokens of this mass", above=0,
                            maximum=1)  # fmt: skip
-    seed: int = setting(0, help="seed of sampling", minimum=0)
+    seed: int = setting(0, help="seed of sampling", minimum=0, maximum=MAX_SEED)
 
 
 def run(argv: Sequence[str]) -> int:

@@ -11,18 +11,23 @@ from lowtide.model.decoder import COMPUTE_DTYPES
 
 from .optim import OPTIMIZERS
 
+MAX_SEED = 2**63 - 1
+MAX_BATCH = 65_536
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
     """Which model, and how it computes."""
 
-    model: str = setting(help="model directory, or a Hugging Face hub id")
+    model: str = setting(help="model directory, or a Hugging Face hub id", filled=True)
     compute_dtype: str | None = setting(
         None,
         help="dtype of activations and products; none chooses (`lowtide info` says why)",
         choices=tuple(COMPUTE_DTYPES),
     )
-    threads: int | None = setting(None, help="CPU threads; none uses torch's choice", minimum=1)
+    threads: int | None = setting(
+        None, help="CPU threads; none uses torch's choice", minimum=1, maximum=1024
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +35,9 @@ class DataSettings:
     """How text becomes tokens and labels."""
 
     tokenizer: str | None = setting(
-        None, help="directory with tokenizer.json, where the model's own is not to be used"
+        None,
+        help="directory with tokenizer.json, where the model's own is not to be used",
+        filled=True,
     )
     max_seq_length: int = setting(
         512, help="tokens per sequence; longer ones are cut, and reported", minimum=2
@@ -39,7 +46,9 @@ class DataSettings:
         False, help="learn completions only: in chats, every assistant turn"
     )
     chat_template: str | None = setting(
-        None, help="Jinja file to use instead of the tokenizer's chat template, or 'none'"
+        None,
+        help="Jinja file to use instead of the tokenizer's chat template, or 'none'",
+        filled=True,
     )
     prompt_feature: str = setting("prompt", help="record key of the prompt")
     completion_feature: str = setting("completion", help="record key of the completion")
@@ -51,13 +60,15 @@ class DataSettings:
 class LoraSettings:
     """The adapter's shape."""
 
-    lora_r: int = setting(8, help="LoRA rank", minimum=1)
+    lora_r: int = setting(8, help="LoRA rank", minimum=1, maximum=8192)
     lora_alpha: float = setting(16.0, help="LoRA output is scaled by alpha / r", above=0)
     lora_dropout: float = setting(
         0.0, help="probability of dropping an adapter's input in training", minimum=0, maximum=0.99
     )
     target_modules: str = setting(
-        ALL_LINEAR, help="'all-linear', or names separated by commas such as q_proj,v_proj"
+        ALL_LINEAR,
+        help="'all-linear', or names separated by commas such as q_proj,v_proj",
+        listed=True,
     )
 
     def lora_config(self) -> LoraConfig:
@@ -78,20 +89,27 @@ class OptimizerSettings:
     adam_eps: float = setting(1e-8, help="epsilon of adamw", above=0)
 
 
+# Dataclass fields come in reverse order of the bases, which is thus the order of run.yaml.
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings(ModelSettings, DataSettings, LoraSettings, OptimizerSettings):
+class TrainSettings(OptimizerSettings, LoraSettings, DataSettings, ModelSettings):
     """All settings of `lowtide train`."""
 
     data: str = setting(
-        help=".jsonl, .json or .txt file, or a directory with {train,valid,test}.jsonl"
+        help=".jsonl, .json or .txt file, or a directory with {train,valid,test}.jsonl",
+        filled=True,
     )
-    adapter_path: str = setting(help="directory to write the adapter to")
+    adapter_path: str = setting(help="directory to write the adapter to", filled=True)
     overwrite: bool = setting(False, help="replace the run that --adapter-path already holds")
     method: str = setting("mesp", help="how gradients are computed", choices=tuple(METHODS))
     iters: int = setting(100, help="optimiser updates", minimum=1)
-    batch_size: int = setting(1, help="sequences per forward and backward", minimum=1)
+    batch_size: int = setting(
+        1, help="sequences per forward and backward", minimum=1, maximum=MAX_BATCH
+    )
     grad_accumulation_steps: int = setting(
-        1, help="batches per update, weighted by their labelled tokens", minimum=1
+        1,
+        help="batches per update, weighted by their labelled tokens",
+        minimum=1,
+        maximum=MAX_BATCH,
     )
     max_grad_norm: float | None = setting(
         None,
@@ -99,8 +117,10 @@ class TrainSettings(ModelSettings, DataSettings, LoraSettings, OptimizerSettings
         "adapter parameter)",
         above=0,
     )
-    seed: int = setting(0, help="seed of initialisation, order and dropout", minimum=0)
-    valid_data: str | None = setting(None, help="file to validate on")
+    seed: int = setting(
+        0, help="seed of initialisation, order and dropout", minimum=0, maximum=MAX_SEED
+    )
+    valid_data: str | None = setting(None, help="file to validate on", filled=True)
     valid_records: int = setting(
         0, help="hold out the last N records (.txt: windows) of --data for validation", minimum=0
     )

@@ -11,10 +11,11 @@ from typing import Protocol
 
 import torch
 
-from lowtide.errors import TrainingError
+from lowtide.errors import OutputError, TrainingError
 from lowtide.infer.evaluate import Evaluation, Sequences, batch_of, evaluate
 from lowtide.memory.measure import MemoryMeter
 from lowtide.methods import Method, Step
+from lowtide.methods.base import require_finite
 from lowtide.model.adapter import Adapter
 from lowtide.model.batch import Batch
 from lowtide.model.decoder import Decoder
@@ -90,11 +91,16 @@ class Trainer:
             if accumulates
             else ApplySink(adapter.parameters, optimizer)
         )
-        self._stop_requested = False
+        self._stop_requested = self._updating = False
 
-    def request_stop(self) -> None:
-        """End the run after the update that is being made, with its adapter saved."""
+    def request_stop(self) -> bool:
+        """End the run after the update that is being made, with its adapter saved.
+
+        Returns:
+            Whether an update is being made; if not, there is nothing to wait for.
+        """
         self._stop_requested = True
+        return self._updating
 
     def update(self, batches: list[Batch], step: int) -> tuple[float, float | None]:
         """One optimiser update from micro-batches, each token weighing the same.
@@ -134,24 +140,24 @@ class Trainer:
             A summary; `interrupted` is set when Ctrl-C ended the run and the adapter was saved.
 
         Raises:
-            TrainingError: a loss or gradient was not finite; the last good adapter is on disk.
+            TrainingError: a loss or gradient was not finite, or the disk is full; the last good
+                adapter is on disk.
         """
-        run_dir.save(self.adapter, 0)
         history = _History()
-        with MemoryMeter() as meter:
-            try:
-                self._steps(train, valid, run_dir, observer, meter, history)
-            except KeyboardInterrupt:
-                history.interrupted = True
-            except TrainingError as error:
+        try:
+            run_dir.save(self.adapter, 0)
+            with MemoryMeter() as meter:
+                try:
+                    self._steps(train, valid, run_dir, observer, meter, history)
+                except KeyboardInterrupt:
+                    history.interrupted = True
+                self._finish(run_dir, observer, history)
+        except (TrainingError, OutputError) as error:
+            if isinstance(error, TrainingError):
                 run_dir.roll_back()
-                raise TrainingError(
-                    f"training stopped at step {history.steps + 1}: {error} The adapter on disk is "
-                    f"that of step {run_dir.saved_step}."
-                ) from error
-            run_dir.save(self.adapter, history.steps)
-            observer.on_save(history.steps)
-            run_dir.confirm()
+            raise TrainingError(
+                f"training stopped at step {history.steps + 1}: {error} {_kept(run_dir)}"
+            ) from error
         return history.result()
 
     def _steps(
@@ -172,8 +178,10 @@ class Trainer:
                 for _ in range(s.grad_accumulation_steps)
             ]
             batches = [batch_of(train, chosen) for chosen in micro]
+            self._updating = True
             report = measured_update(self, batches, step, meter)
-            history.add(report)
+            history.add(report, batches[-1])
+            self._updating = False
             run_dir.confirm()
             run_dir.log(asdict(report))
             observer.on_step(report)
@@ -184,6 +192,16 @@ class Trainer:
             if step % s.save_every == 0 and step < s.iters:
                 run_dir.save(self.adapter, step)
                 observer.on_save(step)
+
+    def _finish(self, run_dir: RunDir, observer: Observer, history: _History) -> None:
+        """Save what the last update made, and see that its loss is finite too."""
+        if history.last is None:
+            return
+        run_dir.save(self.adapter, history.steps)
+        if history.validated_step != history.steps:
+            require_finite(torch.tensor(self.method.loss(self.model, self.adapter, history.last)))
+        run_dir.confirm()
+        observer.on_save(history.steps)
 
     def _validate(
         self,
@@ -200,7 +218,7 @@ class Trainer:
             self.model, self.adapter, valid, self.method,
             batch_size=s.batch_size, max_batches=s.val_batches,
         )  # fmt: skip
-        history.valid_loss = result.loss
+        history.valid_loss, history.validated_step = result.loss, step
         run_dir.log({"step": step, "valid_loss": result.loss, "n_tokens": result.n_tokens})
         observer.on_valid(step, result)
 
@@ -227,20 +245,29 @@ def measured_update(
     )
 
 
+def _kept(run_dir: RunDir) -> str:
+    """What a run that had to stop leaves behind."""
+    if run_dir.saved_step is None:
+        return f"Nothing was written to {run_dir.directory}."
+    return f"The adapter in {run_dir.directory} is that of step {run_dir.saved_step}."
+
+
 class _History:
     """Sums over the steps made so far."""
 
     def __init__(self) -> None:
         self.steps = 0
         self.interrupted = False
+        self.last: Batch | None = None
         self.valid_loss: float | None = None
+        self.validated_step: int | None = None
         self._loss = math.nan
         self._tokens = 0
         self._wall = self._cpu = 0.0
         self._anon = self._rss = 0
 
-    def add(self, report: StepReport) -> None:
-        self.steps, self._loss = report.step, report.loss
+    def add(self, report: StepReport, batch: Batch) -> None:
+        self.steps, self._loss, self.last = report.step, report.loss, batch
         self._tokens += report.n_tokens
         self._wall += report.wall_s
         self._cpu += report.cpu_s

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -24,10 +24,8 @@ from lowtide.model.adapter import Adapter
 from lowtide.model.decoder import Decoder, load_model
 
 from .loop import Observer, StepReport, Trainer, TrainResult
-from .run_dir import RunDir, check_output, check_space
+from .run_dir import RunDir, check_output, check_space, made_directory
 from .settings import DataSettings, ModelSettings, TrainSettings
-
-_CACHE_DIR = "tokenized"
 
 
 class RunObserver(Observer, Protocol):
@@ -87,7 +85,7 @@ def train(
     """
     if settings is not None and given:
         raise ConfigError(f"give settings or keywords, not both ({', '.join(given)}).")
-    settings = settings or build(TrainSettings, given)
+    settings = build(TrainSettings, given if settings is None else asdict(settings))
     observer = observer or Quiet()
     check_supported(settings)
     directory = Path(settings.adapter_path).expanduser()
@@ -97,22 +95,16 @@ def train(
     adapter = Adapter.create(model, settings.lora_config(), settings.seed)
     check_space(directory, adapter)
     observer.on_model(model, adapter)
-    made = not directory.exists()
-    caches = directory / _CACHE_DIR
-    try:
+    with made_directory(directory) as caches:
         report = prepare(_request(settings, model, caches))
         observer.on_data(report)
         train_set = TokenDataset.open(report.splits["train"].path)
         valid = report.splits.get("valid")
         valid_set = None if valid is None else TokenDataset.open(valid.path)
-        run_dir = RunDir(directory, settings, settings.model)
         trainer = Trainer(model, adapter, get_method(settings.method), settings)
-        with _finish_update_on_interrupt(trainer, observer):
-            return trainer.run(train_set, valid_set, run_dir, observer)
-    finally:
-        shutil.rmtree(caches, ignore_errors=True)
-        if made and directory.is_dir() and not any(directory.iterdir()):
-            directory.rmdir()
+        with closing(RunDir(directory, settings, settings.model)) as run_dir:
+            with _finish_update_on_interrupt(trainer, observer):
+                return trainer.run(train_set, valid_set, run_dir, observer)
 
 
 def check_supported(settings: TrainSettings) -> None:
@@ -155,8 +147,6 @@ def data_request(
     settings: DataSettings, model: Decoder, data: str, out: Path, **more: Any
 ) -> PrepareRequest:
     """What the tokenising child is asked to do."""
-    if not data.strip():
-        raise DataError("--data is an empty path; give a .jsonl, .json or .txt file or a directory")
     tokenizer = Path(settings.tokenizer).expanduser() if settings.tokenizer else model.directory
     return PrepareRequest(
         data=Path(data).expanduser(),
@@ -198,7 +188,8 @@ def _finish_update_on_interrupt(trainer: Trainer, observer: RunObserver) -> Iter
 
     def stop(number: int, frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, before)
-        trainer.request_stop()
+        if not trainer.request_stop():
+            raise KeyboardInterrupt
         observer.on_stopping()
 
     signal.signal(signal.SIGINT, stop)

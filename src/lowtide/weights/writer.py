@@ -69,8 +69,10 @@ def write_atomically(path: Path, parts: list[bytes | memoryview]) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-    except OSError as error:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise  # Ctrl-C among them
         raise OutputError(
             f"{path} cannot be written: {error.strerror}. Free some space or choose another "
             "directory; what was there before is unchanged."

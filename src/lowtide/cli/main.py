@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 
 from lowtide import __version__
 from lowtide.config import did_you_mean
 from lowtide.errors import ConfigError, LowtideError
+
+from .output import discard
 
 COMMANDS = {
     "demo": "personalise the bundled model, start to finish, in about a minute",
@@ -35,16 +37,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    as_json = "--json" in arguments
+    if isinstance(sys.stdout, TextIOWrapper):
+        # Text that the terminal's encoding lacks, or a path that is not UTF-8, is shown escaped.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        code = _guarded(arguments, as_json="--json" in arguments)
+        sys.stdout.flush()  # now, while a failure can still be told
+        return code
+    except OSError as error:
+        discard(sys.stdout)
+        if not isinstance(error, BrokenPipeError):  # whoever closed the pipe knows
+            print(f"lowtide: the output cannot be written: {error.strerror}.", file=sys.stderr)
+        return 1
+
+
+def _guarded(arguments: list[str], as_json: bool) -> int:
+    """Run a command; its errors become a message and an exit code."""
     try:
         return _dispatch(arguments)
+    except SystemExit as leaving:  # argparse, after --help
+        return leaving.code if isinstance(leaving.code, int) else 0
     except LowtideError as error:
         return _fail(str(error), error.kind, error.exit_code, as_json)
     except KeyboardInterrupt:
         return _fail("interrupted.", "Interrupted", 130, as_json)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except MemoryError:
         return _fail(_OUT_OF_MEMORY, "OutOfMemory", 1, as_json)
     except RuntimeError as error:

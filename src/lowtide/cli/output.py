@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO, TypeVar
@@ -19,6 +20,8 @@ class Output:
     def __init__(self, as_json: bool) -> None:
         """With `as_json`, text goes to stderr and only the result to stdout."""
         self.as_json = as_json
+        self.goes_on = False
+        """Whether the work matters more than its text: nobody listening does not end it."""
 
     @property
     def stream(self) -> TextIO:
@@ -27,12 +30,23 @@ class Output:
 
     def say(self, text: str = "", end: str = "\n") -> None:
         """Print text for people."""
-        print(text, end=end, file=self.stream, flush=True)
+        try:
+            print(text, end=end, file=self.stream, flush=True)
+        except OSError:
+            if not self.goes_on:
+                raise
+            discard(self.stream)
 
     def result(self, document: Mapping[str, Any]) -> None:
         """Print the JSON document, if it was asked for."""
         if self.as_json:
             print(json.dumps(_finite(document), ensure_ascii=False))
+
+
+def discard(stream: TextIO) -> None:
+    """Send what a stream still holds, and all that follows, nowhere."""
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def _finite(value: Any) -> Any:
@@ -70,6 +84,11 @@ def settings_of(
 def megabytes(count: float) -> str:
     """Bytes as MB = 10^6."""
     return f"{count / 1e6:,.1f} MB"
+
+
+def count(number: int) -> str:
+    """A count as `494.0 M` or `260,032`."""
+    return f"{number / 1e6:,.1f} M" if number >= 1_000_000 else f"{number:,}"
 
 
 def duration(seconds: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from shlex import quote
 
 from lowtide.data.prepare import PrepareReport
 from lowtide.infer.evaluate import Evaluation
@@ -13,7 +14,7 @@ from lowtide.train.loop import StepReport, TrainResult
 from lowtide.train.run import train
 from lowtide.train.settings import TrainSettings
 
-from .output import Output, duration, megabytes, settings_of
+from .output import Output, count, duration, megabytes, settings_of
 
 _DESCRIPTION = (
     "Fine-tune a LoRA adapter. Writes PEFT's adapter_model.safetensors and adapter_config.json, "
@@ -24,12 +25,16 @@ _DESCRIPTION = (
 def run(argv: Sequence[str]) -> int:
     """Train; exit code 130 when interrupted, with the adapter saved."""
     settings, output = settings_of(TrainSettings, "train", _DESCRIPTION, argv)
+    output.goes_on = True  # a closed terminal or pipe must not cost a long run
     progress = Progress(settings, output)
     try:
         result = train(settings, observer=progress)
     finally:
         progress.close()
-    _summary(settings, result, output)
+    if result.steps:
+        _summary(settings, result, output)
+    else:
+        output.say("interrupted before the first update; nothing was written")
     output.result({**asdict(result), "adapter_path": settings.adapter_path})
     return 130 if result.interrupted else 0
 
@@ -48,13 +53,13 @@ class Progress:
         """Say what is trained."""
         spec = model.spec
         self._output.say(
-            f"model    {model.directory} ({spec.model_type}, {spec.n_parameters / 1e6:,.1f} M "
+            f"model    {model.directory} ({spec.model_type}, {count(spec.n_parameters)} "
             f"parameters, {'/'.join(model.stored_dtypes)} mapped from "
             f"{megabytes(model.checkpoint.nbytes)})"
         )
         self._output.say(
             f"adapter  LoRA r={adapter.config.r} on {', '.join(_short(adapter))}: "
-            f"{adapter.n_parameters / 1e6:,.2f} M parameters"
+            f"{count(adapter.n_parameters)} parameters"
         )
 
     def on_data(self, report: PrepareReport) -> None:
@@ -153,6 +158,6 @@ def _summary(settings: TrainSettings, result: TrainResult, output: Output) -> No
         "included)"
     )
     output.say(
-        f"try it: lowtide generate --model {settings.model} --adapter-path "
-        f'{settings.adapter_path} --prompt "..."'
+        f"try it: lowtide generate --model {quote(settings.model)} --adapter-path "
+        f'{quote(settings.adapter_path)} --prompt "..."'
     )

@@ -175,11 +175,13 @@ def _lora_config(
     for name, plain in _PLAIN.items():
         if name in raw and raw[name] not in plain:
             problems.append(f"{name} = {raw[name]!r} (supported: {plain[0]!r})")
+    names = raw.get("target_modules")
+    if isinstance(names, list) and not all(isinstance(name, str) for name in names):
+        problems.append(f"target_modules = {names!r} (supported: names of linears)")
     if problems:
         raise AdapterError(
             f"{directory / CONFIG_FILE} asks for what lowtide does not support:\n{listed(problems)}"
         )
-    names = raw.get("target_modules")
     if not isinstance(names, list) or not names:
         matches = [match for name in weights if (match := _NAME.fullmatch(name))]
         found = {match[2] for match in matches}

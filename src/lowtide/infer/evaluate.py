@@ -88,7 +88,8 @@ def evaluate(
     loss = total / max(1, count)
     if not math.isfinite(loss):
         raise TrainingError(
-            f"the loss on this data is {loss}: the weights or the adapter overflow. Train again "
-            "with a lower --learning-rate."
+            f"the loss on this data is {loss}: the weights or the adapter hold values that "
+            "overflow. Train the adapter again with a lower --learning-rate; if the model alone "
+            "does this too, its weights are broken."
         )
     return Evaluation(loss, count)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lowtide.errors import ConfigError, DataError
+from lowtide.errors import ConfigError, DataError, TrainingError
 from lowtide.model.adapter import Adapter
 from lowtide.model.block import block_forward
 from lowtide.model.decoder import Decoder
@@ -115,6 +116,7 @@ def generate(
 
     Raises:
         DataError: the prompt is empty, too long, or has ids outside the vocabulary.
+        TrainingError: the logits are not finite.
     """
     if not prompt:
         raise DataError("the prompt has no token; start from the BOS token for an empty prompt.")
@@ -135,9 +137,16 @@ def generate(
 
 def _choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """The next token from logits `(V,)`."""
+    best = float(logits.max())  # NaN where any logit is
+    if not math.isfinite(best):
+        raise TrainingError(
+            f"the model's output is {best}, so no token can be chosen: the weights or the adapter "
+            "hold values that overflow. Leave --adapter-path out to see which, and train the "
+            "adapter again with a lower --learning-rate."
+        )
     if sampling.temperature == 0.0:
         return int(logits.argmax())
-    probabilities = (logits.double() / sampling.temperature).softmax(-1)
+    probabilities = ((logits.double() - best) / sampling.temperature).softmax(-1)
     if sampling.top_p < 1.0:
         ordered, order = probabilities.sort(descending=True)
         before = ordered.cumsum(-1) - ordered

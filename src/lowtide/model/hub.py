@@ -38,8 +38,12 @@ def resolve_model(model: str) -> Path:
 
 def _download(repo: str) -> Path:
     """Download in a child process: the hub's client would stay in this one's memory."""
+    # A session of its own: Ctrl-C reaches this process only, which then ends the child.
     child = subprocess.run(
-        [sys.executable, "-m", "lowtide.model.hub", repo], stdout=subprocess.PIPE, check=False
+        [sys.executable, "-P", "-m", "lowtide.model.hub", repo],
+        stdout=subprocess.PIPE,
+        check=False,
+        start_new_session=True,
     )
     try:
         answer = json.loads(child.stdout)

@@ -37,6 +37,7 @@ _REQUIRED = (
     "num_hidden_layers",
     "num_attention_heads",
 )
+_MOST_LAYERS = 10_000
 _ROPE_FIELDS = {
     "default": frozenset({"rope_theta"}),
     "linear": frozenset({"rope_theta", "factor"}),
@@ -110,7 +111,7 @@ class ConfigReader:
             self.problems.append(f"rope_scaling = {nested!r} (expected an object)")
             nested = {}
         kind = nested.get("rope_type") or nested.get("type") or "default"
-        if kind not in _ROPE_FIELDS:
+        if not isinstance(kind, str) or kind not in _ROPE_FIELDS:
             self.problems.append(
                 f"rope type {kind!r} (supported: {', '.join(sorted(_ROPE_FIELDS))})"
             )
@@ -178,11 +179,14 @@ def decoder_spec(
     reader.refuse_unless("sliding_window_pattern", lambda v: v is None, "none")
     reader.refuse_unless(
         "layer_types",
-        lambda v: v is None or (isinstance(v, list) and set(v) <= {"full_attention"}),
+        lambda v: v is None or (isinstance(v, list) and all(one == "full_attention" for one in v)),
         "full_attention in every layer",
     )
     reader.refuse_unknown({"attention_dropout", "partial_rotary_factor", "layer_types", *known})
     sizes = {name: reader.integer(name) for name in _REQUIRED}
+    if sizes["num_hidden_layers"] > _MOST_LAYERS:
+        reader.problems.append(f"num_hidden_layers = {sizes['num_hidden_layers']} is not sensible")
+        reader.finish()
     heads = sizes["num_attention_heads"]
     kv_heads = reader.integer("num_key_value_heads", heads)
     if heads % kv_heads:

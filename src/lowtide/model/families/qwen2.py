@@ -13,8 +13,8 @@ from .common import ConfigReader, decoder_spec
 def qwen2_spec(raw: Mapping[str, Any]) -> ModelSpec:
     """Layers from `max_window_layers` on slide, and only where `use_sliding_window` is true."""
     reader = ConfigReader(raw)
-    layers = raw.get("num_hidden_layers")
-    none_slide = isinstance(layers, int) and int(raw.get("max_window_layers") or 28) >= layers
+    layers, first = raw.get("num_hidden_layers"), raw.get("max_window_layers", 28)
+    none_slide = isinstance(layers, int) and isinstance(first, int) and first >= layers
     reader.refuse_unless(
         "use_sliding_window", lambda v: not v or none_slide, "false: no layer attends in a window"
     )

@@ -52,6 +52,8 @@ def bench_step(settings: BenchStepSettings) -> dict[str, Any]:
     check_length(model, settings.seq_len)
     adapter = Adapter.create(model, settings.lora_config(), settings.seed)
     trainer = Trainer(model, adapter, get_method(settings.method), _train_settings(settings))
+    tokens = settings.batch_size * settings.seq_len
+    trainer.method.reserve(model, tokens, settings.seq_len)
     generator = torch.Generator().manual_seed(settings.seed)
     reports = []
     with MemoryMeter() as meter:

@@ -18,6 +18,9 @@ class Autograd:
     name = "autograd"
     exact = True
 
+    def reserve(self, model: Decoder, max_tokens: int, max_length: int) -> None:
+        """See `Method.reserve`. Autograd allocates as it goes."""
+
     def step(
         self, model: Decoder, adapter: Adapter, batch: Batch, sink: GradSink, step: Step
     ) -> float:

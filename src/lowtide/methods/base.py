@@ -44,6 +44,12 @@ class Method(Protocol):
     name: str
     exact: bool
 
+    def reserve(self, model: Decoder, max_tokens: int, max_length: int) -> None:
+        """Make buffers for batches of up to that many tokens and that longest sequence.
+
+        Without it buffers grow with the batches that come, and old ones may leave holes behind.
+        """
+
     def step(
         self, model: Decoder, adapter: Adapter, batch: Batch, sink: GradSink, step: Step
     ) -> float:

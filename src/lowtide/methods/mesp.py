@@ -25,19 +25,22 @@ class Mesp:
     name = "mesp"
     exact = True
 
-    def __init__(self, max_tokens: int = 0, max_length: int = 0) -> None:
-        """Plan for batches of up to `max_tokens` tokens in sequences of up to `max_length`."""
-        self._max_tokens = max_tokens
-        self._max_length = max_length
+    def __init__(self) -> None:
+        """No buffer is made before `reserve` or the first batch."""
+        self._max_tokens = self._max_length = 0
         self._ws: Workspace | None = None
         self._inputs: Tensor | None = None
         self._for: Decoder | None = None
+
+    def reserve(self, model: Decoder, max_tokens: int, max_length: int) -> None:
+        """See `Method.reserve`. What a smaller batch does not touch costs no memory."""
+        self._buffers(model, max_tokens, max_length, model.spec.num_layers + 1)
 
     def step(
         self, model: Decoder, adapter: Adapter, batch: Batch, sink: GradSink, step: Step
     ) -> float:
         """See `Method.step`."""
-        ws, inputs = self._buffers(model, batch, rows=model.spec.num_layers + 1)
+        ws, inputs = self._for_batch(model, batch, rows=model.spec.num_layers + 1)
         at = model.positions(batch.lengths)
         embed(model, batch.ids, inputs[0])
         x = blocks_forward(model, adapter, inputs, at, ws, step.dropout_seed)
@@ -54,24 +57,31 @@ class Mesp:
 
     def loss(self, model: Decoder, adapter: Adapter | None, batch: Batch) -> float:
         """See `Method.loss`. Uses the step's buffers, two rows of its block inputs among them."""
-        ws, inputs = self._buffers(model, batch, rows=2)
+        ws, inputs = self._for_batch(model, batch, rows=2)
         at = model.positions(batch.lengths)
         embed(model, batch.ids, inputs[0])
         x = blocks_forward(model, adapter, inputs, at, ws)
         return float(loss_forward(model, x, batch, ws).sum())
 
-    def _buffers(self, model: Decoder, batch: Batch, rows: int) -> tuple[Workspace, Tensor]:
-        """The workspace and `(rows, T, H)` block inputs, allocated again only to grow."""
-        tokens, longest = sum(batch.lengths), max(batch.lengths)
-        ws = self._ws
+    def _for_batch(self, model: Decoder, batch: Batch, rows: int) -> tuple[Workspace, Tensor]:
+        """The workspace and `(rows, T, H)` block inputs for this batch."""
+        tokens, hidden = sum(batch.lengths), model.spec.hidden_size
+        ws, inputs = self._buffers(model, tokens, max(batch.lengths), rows)
+        return ws, inputs[: rows * tokens * hidden].view(rows, tokens, hidden)
+
+    def _buffers(
+        self, model: Decoder, tokens: int, longest: int, rows: int
+    ) -> tuple[Workspace, Tensor]:
+        """The workspace and the flat block inputs, allocated again only to grow."""
+        ws, inputs = self._ws, self._inputs
         if ws is None or self._for is not model or not ws.fits(tokens, longest):
             self._max_tokens = max(self._max_tokens, tokens)
             self._max_length = max(self._max_length, longest)
-            self._ws = self._inputs = None
+            self._ws = self._inputs = ws = inputs = None  # freed before new ones are made
             ws = self._ws = workspace_for(model, self._max_tokens, self._max_length)
             self._for = model
         needed = rows * self._max_tokens * model.spec.hidden_size
-        if self._inputs is None or self._inputs.numel() < needed:
-            self._inputs = torch.empty(needed, dtype=model.compute_dtype)
-        shape = (rows, tokens, model.spec.hidden_size)
-        return ws, self._inputs[: rows * tokens * model.spec.hidden_size].view(shape)
+        if inputs is None or inputs.numel() < needed:
+            self._inputs = inputs = None
+            inputs = self._inputs = torch.empty(needed, dtype=model.compute_dtype)
+        return ws, inputs

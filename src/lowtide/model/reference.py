@@ -79,7 +79,9 @@ def _attention(model: Decoder, q: Tensor, k: Tensor, v: Tensor, batch: Batch) ->
     """Causal attention of each sequence by itself, heads repeated, scores in full."""
     spec = model.spec
     outputs = []
-    for q_i, k_i, v_i in zip(*(torch.split(t, batch.lengths) for t in (q, k, v)), strict=True):
+    for q_i, k_i, v_i in zip(
+        *(torch.split(t, list(batch.lengths)) for t in (q, k, v)), strict=True
+    ):
         places = torch.arange(len(q_i))
         cos, sin = rope_tables(spec.rope, spec.head_dim, places, q.dtype)
         heads = [_heads(t, spec.head_dim) for t in (q_i, k_i, v_i)]

@@ -32,10 +32,18 @@ class FrozenMatrix(Protocol):
         """How many rows one call of `rows` may ask for with this buffer."""
 
 
+_ALIGN = 16
+
+
 def spans(total: int, step: int) -> list[tuple[int, int]]:
-    """`[0, total)` cut into nearly equal spans of at most `step`."""
+    """`[0, total)` cut into nearly equal spans of at most `step`, multiples of 16 where possible.
+
+    Products run fastest at such sizes: they are whole vector registers.
+    """
     count = max(1, -(-total // max(1, step)))
     size = -(-total // count)
+    aligned = -(-size // _ALIGN) * _ALIGN
+    size = aligned if aligned <= step else size
     return [(start, min(start + size, total)) for start in range(0, total, size)]
 
 

@@ -84,7 +84,7 @@ class Trainer:
     ) -> None:
         """Set up the optimiser and the gradient sink that the settings ask for."""
         self.model, self.adapter, self.method, self.settings = model, adapter, method, settings
-        optimizer = OPTIMIZERS[settings.optimizer](settings)
+        optimizer = OPTIMIZERS[settings.optimizer](settings, adapter.parameters)
         accumulates = settings.grad_accumulation_steps > 1 or settings.max_grad_norm is not None
         self._sink: ApplySink | AccumulateSink = (
             AccumulateSink(adapter.parameters, optimizer, settings.max_grad_norm)
@@ -170,6 +170,8 @@ class Trainer:
         history: _History,
     ) -> None:
         s = self.settings
+        longest = max(max(train.lengths), 0 if valid is None else max(valid.lengths))
+        self.method.reserve(self.model, s.batch_size * longest, longest)
         indices = index_stream(len(train), s.seed)
         self._validate(valid, 0, run_dir, observer, history)
         for step in range(1, s.iters + 1):

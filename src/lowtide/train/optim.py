@@ -1,13 +1,14 @@
 """Optimisers that update one parameter at a time, so that its gradient can be freed at once.
 
-The rules are torch.optim's (`SGD`, `AdamW`), to which tests hold them. State is created when a
-parameter's first gradient comes.
+The rules are torch.optim's (`SGD`, `AdamW`), to which tests hold them. State of all parameters is one
+tensor per moment, reserved at the start and backed by memory as it is first written: many small
+tensors, made between gradients that come and go, would leave holes in the heap.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -27,13 +28,23 @@ class Optimizer(Protocol):
         """All parameters of this step have been updated."""
 
 
+def zeros_for(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Zeros shaped like each parameter, all views of one tensor."""
+    some = next(iter(parameters.values()))
+    flat = torch.zeros(sum(p.numel() for p in parameters.values()), dtype=some.dtype)
+    parts = flat.split([p.numel() for p in parameters.values()])
+    return {
+        name: part.view(p.shape) for (name, p), part in zip(parameters.items(), parts, strict=True)
+    }
+
+
 class Sgd:
     """`buf = momentum * buf + g + wd * p`, `p -= lr * buf`."""
 
-    def __init__(self, settings: OptimizerSettings) -> None:
-        """Take lr, momentum and weight decay from the settings."""
+    def __init__(self, settings: OptimizerSettings, parameters: Mapping[str, Tensor]) -> None:
+        """Take lr, momentum and weight decay from the settings; state only with momentum."""
         self._settings = settings
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers = zeros_for(parameters) if settings.momentum else {}
 
     def update(self, name: str, parameter: Tensor, grad: Tensor) -> None:
         """See `Optimizer.update`."""
@@ -41,11 +52,7 @@ class Sgd:
         if s.weight_decay:
             grad = grad.add_(parameter, alpha=s.weight_decay)
         if s.momentum:
-            buffer = self._buffers.get(name)
-            if buffer is None:
-                self._buffers[name] = grad
-            else:
-                grad = buffer.mul_(s.momentum).add_(grad)
+            grad = self._buffers[name].mul_(s.momentum).add_(grad)
         parameter.add_(grad, alpha=-s.learning_rate)
 
     def next_step(self) -> None:
@@ -55,18 +62,16 @@ class Sgd:
 class AdamW:
     """Adam with decoupled weight decay (arXiv 1711.05101), state in the parameter's dtype."""
 
-    def __init__(self, settings: OptimizerSettings) -> None:
+    def __init__(self, settings: OptimizerSettings, parameters: Mapping[str, Tensor]) -> None:
         """Take lr, betas, eps and weight decay from the settings."""
         self._settings = settings
-        self._moments: dict[str, tuple[Tensor, Tensor]] = {}
+        self._means, self._squares = zeros_for(parameters), zeros_for(parameters)
         self._step = 1
 
     def update(self, name: str, parameter: Tensor, grad: Tensor) -> None:
         """See `Optimizer.update`."""
         s = self._settings
-        if name not in self._moments:
-            self._moments[name] = (torch.zeros_like(parameter), torch.zeros_like(parameter))
-        mean, square = self._moments[name]
+        mean, square = self._means[name], self._squares[name]
         mean.lerp_(grad, 1 - s.beta1)
         square.mul_(s.beta2).addcmul_(grad, grad, value=1 - s.beta2)
         correction = 1 - s.beta1**self._step
@@ -80,4 +85,7 @@ class AdamW:
         self._step += 1
 
 
-OPTIMIZERS: dict[str, Callable[[OptimizerSettings], Optimizer]] = {"sgd": Sgd, "adamw": AdamW}
+OPTIMIZERS: dict[str, Callable[[OptimizerSettings, Mapping[str, Tensor]], Optimizer]] = {
+    "sgd": Sgd,
+    "adamw": AdamW,
+}

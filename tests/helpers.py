@@ -255,4 +255,4 @@ def peft_gradients(
         if parameter.requires_grad
     }
     assert all(grad is not None and grad.dtype == dtype for grad in grads.values())
-    return float(loss), grads
+    return float(loss.detach()), grads

@@ -1,8 +1,8 @@
 """Optimisers that update one parameter at a time, so that its gradient can be freed at once.
 
-The rules are torch.optim's (`SGD`, `AdamW`), to which tests hold them. State of all parameters is one
-tensor per moment, reserved at the start and backed by memory as it is first written: many small
-tensors, made between gradients that come and go, would leave holes in the heap.
+The rules are torch.optim's (`SGD`, `AdamW`), to which tests hold them. State of all parameters is
+one tensor per moment, reserved at the start and backed by memory as it is first written: many
+small tensors, made between gradients that come and go, would leave holes in the heap.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def zeros_for(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Zeros shaped like each parameter, all views of one tensor."""
     some = next(iter(parameters.values()))
     flat = torch.zeros(sum(p.numel() for p in parameters.values()), dtype=some.dtype)
-    parts = flat.split([p.numel() for p in parameters.values()])
+    parts = torch.split(flat, [p.numel() for p in parameters.values()])
     return {
         name: part.view(p.shape) for (name, p), part in zip(parameters.items(), parts, strict=True)
     }

@@ -21,6 +21,7 @@ from lowtide.weights.writer import write_atomically, write_safetensors
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 _NAME = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(.+)\.lora_([AB])\.weight")
+_MODULE = re.compile(r"model\.layers\.(\d+)\.(.+)")
 # Settings of PEFT's LoraConfig under which its function is the plain one. Others are refused.
 _PLAIN: dict[str, tuple[object, ...]] = {
     "bias": ("none",),
@@ -38,6 +39,12 @@ _PLAIN: dict[str, tuple[object, ...]] = {
     "use_bdlora": (None, False),
     "use_qalora": (False,),
     "exclude_modules": (None, []),
+    "velora_config": (None,),
+    "monteclora_config": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    # The other initialisations (pissa, olora, corda, loftq, lora_ga) change the frozen weights too.
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva", "mica"),
 }
 
 
@@ -187,15 +194,36 @@ def _lora_config(
         found = {match[2] for match in matches}
         names = [linear for linear in LINEARS if linear in found] or sorted(found)
     try:
+        layers = _layers(raw.get("layers_to_transform"))
+        names, layers = _targets(names, layers)
         return LoraConfig(
             r=raw.get("r", 8),
             lora_alpha=raw.get("lora_alpha", 8),
             lora_dropout=raw.get("lora_dropout", 0.0),
-            target_modules=tuple(names),
-            layers_to_transform=_layers(raw.get("layers_to_transform")),
+            target_modules=names,
+            layers_to_transform=layers,
         )
     except ConfigError as error:
         raise AdapterError(f"{directory / CONFIG_FILE}: {error}") from error
+
+
+def _targets(
+    names: list[Any], layers: tuple[int, ...] | None
+) -> tuple[tuple[str, ...], tuple[int, ...] | None]:
+    """Linears and layers; PEFT writes `all-linear` as full module names where they are few."""
+    texts = tuple(str(name) for name in names)
+    full = [match for name in texts if (match := _MODULE.fullmatch(name))]
+    if not full:
+        return texts, layers
+    pairs = {(int(match[1]), match[2]) for match in full}
+    found = tuple(sorted({layer for layer, _ in pairs}))
+    linears = tuple(sorted({linear for _, linear in pairs}))
+    if len(full) < len(texts) or len(pairs) < len(found) * len(linears) or layers is not None:
+        raise ConfigError(
+            f"target_modules lists {len(texts)} modules that are not the same linears in each of "
+            f"the layers {list(found)}; lowtide adapts the same linears in every adapted layer."
+        )
+    return linears, found
 
 
 def _layers(value: object) -> tuple[int, ...] | None:

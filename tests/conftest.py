@@ -9,6 +9,10 @@ import helpers
 import pytest
 import torch
 
+# The tensors here are tiny: handing them to a second thread costs several times what it saves, and
+# far more where other programs keep the cores busy.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session")
 def odd_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:

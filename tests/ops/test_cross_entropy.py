@@ -101,4 +101,5 @@ def test_the_right_answer_with_certainty_has_no_gradient() -> None:
     losses, dn = _ours(n, head, torch.tensor([4, 30]), tile=7, logits=7)
     assert dn is not None
     assert losses.eq(0).all()
-    assert dn.eq(0).all()
+    # Exponentials are kept above the subnormal range: e^-80 in place of 0, for each of V words.
+    assert float(dn.abs().max()) < VOCAB * 1e-34

@@ -18,6 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .elementwise import exp_below_zero_
+
+
+_GOOD_ELEMENTS = 1 << 16
+
 
 class Segment(NamedTuple):
     """One sequence: its query rows and its key rows. The last query sees the last key."""
@@ -72,8 +77,10 @@ def _tiles(segments: Sequence[Segment], heads: Heads, capacity: int) -> Iterator
         num_keys = segment.k_stop - segment.k_start
         num_queries = segment.q_stop - segment.q_start
         per_row = heads.group * num_keys
-        # Half the queries at most, so that what lies above the diagonal is mostly skipped.
-        wanted = max(1, min(-(-num_queries // 2), max(16, 64 // heads.group)))
+        # Enough rows for an efficient product, but half the queries at most, so that what lies
+        # above the diagonal is mostly skipped.
+        enough = max(16, 64 // heads.group, _GOOD_ELEMENTS // (per_row * heads.num_kv))
+        wanted = max(1, min(-(-num_queries // 2), enough))
         kv_heads = max(1, min(heads.num_kv, capacity // max(1, per_row * wanted)))
         rows = max(1, min(max(wanted, num_queries // 4), capacity // (per_row * kv_heads)))
         for q0 in range(segment.q_start, segment.q_stop, rows):
@@ -103,18 +110,21 @@ def _per_kv_head(x: Tensor, tile: _Tile, heads: Heads) -> Tensor:
     return keys[:, tile.h0 : tile.h1].transpose(0, 1)
 
 
-def _scores(q: Tensor, k: Tensor, tile: _Tile, heads: Heads, buffer: Tensor) -> Tensor:
-    """Masked `scale Q K^T` of a tile: `(kv heads, rows * group, keys)`."""
+def _scores(q: Tensor, k: Tensor, buffer: Tensor) -> Tensor:
+    """`scale Q K^T` of a tile: `(kv heads, rows * group, keys)`."""
     shape = (q.shape[0], q.shape[1], k.shape[1])
     scores = buffer[: shape[0] * shape[1] * shape[2]].view(shape)
     # The scale goes into the product: a folded q can be a view of the caller's.
-    torch.baddbmm(scores, q, k.transpose(1, 2), beta=0.0, alpha=heads.dim**-0.5, out=scores)
+    scale = q.shape[2] ** -0.5
+    return torch.baddbmm(scores, q, k.transpose(1, 2), beta=0.0, alpha=scale, out=scores)
+
+
+def _fill_future_(scores: Tensor, tile: _Tile, heads: Heads, value: float) -> None:
+    """Set what lies above the diagonal, in the last keys of the tile."""
     count = tile.q1 - tile.q0
-    future = torch.ones(count, count, dtype=torch.bool, device=q.device).triu_(1)
-    rows = scores.view(shape[0], count, heads.group, shape[2])
-    diagonal = rows[:, :, :, shape[2] - count :]
-    diagonal.masked_fill_(future.unsqueeze(1), float("-inf"))
-    return scores
+    future = torch.ones(count, count, dtype=torch.bool, device=scores.device).triu_(1)
+    rows = scores.view(scores.shape[0], count, heads.group, scores.shape[2])
+    rows[:, :, :, scores.shape[2] - count :].masked_fill_(future.unsqueeze(1), value)
 
 
 def attention_forward(
@@ -144,9 +154,12 @@ def attention_forward(
     lse = q.new_empty(q.shape[0], heads.num)
     for tile in _tiles(segments, heads, score.numel()):
         keys, values = _per_kv_head(k, tile, heads), _per_kv_head(v, tile, heads)
-        p = _scores(_fold(q, tile, heads), keys, tile, heads, score)
+        p = _scores(_fold(q, tile, heads), keys, score)
+        _fill_future_(p, tile, heads, float("-inf"))
         top = p.amax(-1, keepdim=True)
-        total = p.sub_(top).exp_().sum(-1, keepdim=True)
+        exp_below_zero_(p.sub_(top))
+        _fill_future_(p, tile, heads, 0.0)
+        total = p.sum(-1, keepdim=True)
         folded = torch.bmm(p, values).div_(total)
         _unfold_into(folded, out, tile, heads)
         _unfold_into(total.log_().add_(top), lse, tile, heads._replace(dim=1))
@@ -190,8 +203,11 @@ def attention_backward(
     for tile in _tiles(segments, heads, scores[0].numel()):
         keys, values = _per_kv_head(k, tile, heads), _per_kv_head(v, tile, heads)
         q_tile, do_tile = _fold(q, tile, heads), _fold(do, tile, heads)
-        p = _scores(q_tile, keys, tile, heads, scores[0])
-        p.sub_(_fold(lse, tile, per_row)).exp_()
+        p = _scores(q_tile, keys, scores[0])
+        p.sub_(_fold(lse, tile, per_row))
+        _fill_future_(p, tile, heads, 0.0)  # a hidden score may exceed lse and overflow
+        exp_below_zero_(p)
+        _fill_future_(p, tile, heads, 0.0)
         _per_kv_head(dv, tile, heads).add_(torch.bmm(p.transpose(1, 2), do_tile))
         ds = torch.bmm(do_tile, values.transpose(1, 2), out=scores[1][: p.numel()].view(p.shape))
         ds.sub_(_fold(delta, tile, per_row)).mul_(p)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .elementwise import exp_below_zero_
 from .frozen import FrozenMatrix, spans
 
 
@@ -62,8 +63,8 @@ def cross_entropy(
         logits = buffers.logits[: tokens * (stop - start)].view(tokens, stop - start)
         torch.mm(n, rows.t(), out=logits)
         new_top = torch.maximum(top, logits.amax(-1, keepdim=True))
-        decay = top.sub_(new_top).exp_()
-        logits.sub_(new_top).exp_()
+        decay = exp_below_zero_(top.sub_(new_top))
+        exp_below_zero_(logits.sub_(new_top))
         total.mul_(decay).add_(logits.sum(-1, keepdim=True))
         if dn is not None:
             dn.mul_(decay).addmm_(logits, rows)

@@ -24,8 +24,9 @@ LLAMA3_ROPE = {
     "factor": 4.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    # So short that the test's few positions meet all three of the rule's branches.
-    "original_max_position_embeddings": 32,
+    # With head_dim 10 and a base of 5e4, wavelengths 6, 55 and 476 meet the rule's three branches:
+    # below 128 / 4, between, above 128.
+    "original_max_position_embeddings": 128,
 }
 # Odd on purpose: nothing divides anything, no two sizes are equal.
 _TINY = {
@@ -52,6 +53,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "llama-biases-llama3": {
         "model_type": "llama",
+        "head_dim": 10,
         "attention_bias": True,
         "mlp_bias": True,
         "rope": {"rope_theta": 5e4, **LLAMA3_ROPE},

@@ -1,0 +1,77 @@
+"""Every command that README and the docs show is run, as it stands, in a directory of its own.
+
+Fences marked `sh` and `python` are run. The directory holds what the pages call by name: a model
+directory and a data file, here the bundled model and the demo's data. `make` targets are looked up
+in the Makefile instead: they set up an environment, and `.ci/run` runs them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lowtide.demo.assets import asset_dir
+from lowtide.demo.household import write_data
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+FENCE = re.compile(r"^```(sh|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+MODELS = ("Qwen2.5-0.5B", "path/to/model")
+
+pytestmark = pytest.mark.docs
+
+
+def fences(page: Path) -> list[tuple[str, str]]:
+    """(language, content) of the page's runnable fences."""
+    return FENCE.findall(page.read_text(encoding="utf-8"))
+
+
+def commands(content: str) -> list[str]:
+    """Lines of a shell fence, continuations joined, comments dropped."""
+    joined = content.replace("\\\n", " ")
+    lines = [line.split("  #")[0].strip() for line in joined.splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Path:
+    """A user's directory: models and data under the names that the pages use."""
+    for name in MODELS:
+        shutil.copytree(asset_dir(), tmp_path / name)
+    data = write_data(tmp_path / "data")
+    shutil.copy(data / "train.jsonl", tmp_path / "my-data.jsonl")
+    return tmp_path
+
+
+def test_the_pages_show_commands() -> None:
+    assert any(fences(page) for page in PAGES)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_of(page: Path, workplace: Path) -> None:
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"}
+    for language, content in fences(page):
+        if language == "python":
+            run = [sys.executable, "-c", content]
+            result = subprocess.run(run, cwd=workplace, env=environment, **CAPTURE)
+            assert result.returncode == 0, f"{content}\n{result.stderr}"
+            continue
+        for command in commands(content):
+            if command.startswith("make "):
+                assert command.split()[1] in targets, command
+                continue
+            result = subprocess.run(
+                ["bash", "-c", command], cwd=workplace, env=environment, **CAPTURE
+            )
+            assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+
+
+CAPTURE = {"capture_output": True, "text": True, "timeout": 300, "check": False}

@@ -148,5 +148,6 @@ def tree(directory: Path) -> dict[str, bytes | None]:
             found[os.path.relpath(os.path.join(parent, name), directory)] = None
         for name in files:
             path = Path(parent, name)
-            found[os.path.relpath(path, directory)] = path.read_bytes()
+            held = path.read_bytes() if path.is_file() else None
+            found[os.path.relpath(path, directory)] = held
     return found

@@ -288,6 +288,13 @@ def _shown(default: Any) -> str:
 def from_command_line(kind: type[S], parsed: argparse.Namespace) -> S:
     """Settings from the `--config` file and the flags, which win.
 
+    Args:
+        kind: the settings dataclass.
+        parsed: what the parser of `parser_for` returned.
+
+    Returns:
+        The settings.
+
     Raises:
         ConfigError: the file cannot be read, or `build` refuses a value.
     """
@@ -301,6 +308,12 @@ def from_command_line(kind: type[S], parsed: argparse.Namespace) -> S:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The mapping; empty for an empty file.
 
     Raises:
         ConfigError: the file is missing, not YAML, or not a mapping.

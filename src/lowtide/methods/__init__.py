@@ -28,6 +28,12 @@ METHODS: dict[str, Callable[[], Method]] = {"mesp": Mesp, "autograd": Autograd}
 def get_method(name: str) -> Method:
     """A fresh instance of the method of that name.
 
+    Args:
+        name: a key of METHODS.
+
+    Returns:
+        The method, without buffers yet.
+
     Raises:
         ConfigError: there is no such method.
     """
@@ -91,6 +97,10 @@ def gradients(
 
 def check_batch(model: Decoder, batch: Batch) -> None:
     """Refuse a batch that the model cannot take or learn from.
+
+    Args:
+        model: for its vocabulary and positions.
+        batch: what it is about to take.
 
     Raises:
         DataError: says which.

@@ -55,6 +55,13 @@ class Method(Protocol):
     ) -> float:
         """Send every parameter's gradient to `sink`.
 
+        Args:
+            model: the frozen model.
+            adapter: the LoRA matrices.
+            batch: sequences and labels.
+            sink: takes each gradient as it comes.
+            step: scale and dropout seed.
+
         Returns:
             The sum of the losses of the labelled positions, in nats.
 
@@ -68,6 +75,12 @@ class Method(Protocol):
 
 def require_finite(losses: Tensor) -> float:
     """The sum of the losses, before any gradient of theirs is used.
+
+    Args:
+        losses: of any shape, in nats.
+
+    Returns:
+        Their sum.
 
     Raises:
         TrainingError: the sum is not finite.

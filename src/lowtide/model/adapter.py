@@ -67,6 +67,9 @@ class LoraConfig:
     def linears(self) -> tuple[str, ...]:
         """The targeted names out of LINEARS, in block order.
 
+        Returns:
+            At least one name.
+
         Raises:
             ConfigError: a name matches no linear, or there are none.
         """
@@ -198,6 +201,13 @@ class Adapter:
 
 def adapter_shapes(spec: ModelSpec, config: LoraConfig) -> dict[str, tuple[int, int]]:
     """Shape by PEFT name of every LoRA matrix, in block order.
+
+    Args:
+        spec: the model.
+        config: rank, targets and layers.
+
+    Returns:
+        `(r, in)` of each A, `(out, r)` of each B.
 
     Raises:
         ConfigError: a targeted linear or layer is not in the model.

@@ -124,6 +124,10 @@ class Decoder:
     def check_sequences(self, lengths: Sequence[int], largest_id: int) -> None:
         """Refuse what the model has no positions or no embedding for.
 
+        Args:
+            lengths: tokens of each sequence.
+            largest_id: the largest id among tokens and labels.
+
         Raises:
             DataError: a sequence is too long, or a token id is not in the vocabulary.
         """
@@ -143,6 +147,12 @@ class Decoder:
 
 def choose_compute_dtype(requested: str | None) -> tuple[torch.dtype, str]:
     """The dtype of activations and products, and why.
+
+    Args:
+        requested: a key of COMPUTE_DTYPES, or None to choose.
+
+    Returns:
+        The dtype, and a sentence for `lowtide info`.
 
     Raises:
         ConfigError: the name is not one of COMPUTE_DTYPES.

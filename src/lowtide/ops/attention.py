@@ -20,7 +20,6 @@ from torch import Tensor
 
 from .elementwise import exp_below_zero_
 
-
 _GOOD_ELEMENTS = 1 << 16
 
 

@@ -105,6 +105,10 @@ class Trainer:
     def update(self, batches: list[Batch], step: int) -> tuple[float, float | None]:
         """One optimiser update from micro-batches, each token weighing the same.
 
+        Args:
+            batches: micro-batches of this update.
+            step: its number, from 1; seeds the dropout.
+
         Returns:
             The mean loss per labelled token before the update, and the gradient norm if known.
 

@@ -110,6 +110,9 @@ def train(
 def check_supported(settings: TrainSettings) -> None:
     """Refuse what is declared and not there yet, and combinations that mean nothing.
 
+    Args:
+        settings: of the whole run.
+
     Raises:
         ConfigError: names the setting.
     """
@@ -131,6 +134,10 @@ def open_model(settings: ModelSettings) -> Decoder:
 
 def check_length(model: Decoder, max_seq_length: int) -> None:
     """Refuse sequences that the model has no positions for.
+
+    Args:
+        model: for its positions.
+        max_seq_length: the setting.
 
     Raises:
         DataError: says both numbers.

@@ -27,6 +27,10 @@ _SPARE_BYTES = 1 << 20
 def check_output(directory: Path, overwrite: bool) -> None:
     """Refuse a directory that holds a run or cannot be written. Nothing is made or changed.
 
+    Args:
+        directory: where the adapter will go.
+        overwrite: whether a run may be replaced.
+
     Raises:
         OutputError: says which.
     """
@@ -58,6 +62,10 @@ def check_output(directory: Path, overwrite: bool) -> None:
 
 def check_space(directory: Path, adapter: Adapter) -> None:
     """Refuse when the disk cannot take the adapter beside the one it replaces.
+
+    Args:
+        directory: where the adapter will go; it need not exist yet.
+        adapter: for its size.
 
     Raises:
         OutputError: says what is free and what is needed.
@@ -133,6 +141,11 @@ class RunDir:
     def __init__(self, directory: Path, settings: TrainSettings, base_model: str) -> None:
         """Write run.yaml to the hidden directory.
 
+        Args:
+            directory: where the adapter goes.
+            settings: what run.yaml says.
+            base_model: what adapter_config.json says.
+
         Raises:
             OutputError: the directory cannot be written.
         """
@@ -155,6 +168,10 @@ class RunDir:
 
     def save(self, adapter: Adapter, step: int) -> None:
         """Write the adapter of `step`, keeping the one before until `confirm`.
+
+        Args:
+            adapter: what to write.
+            step: how many updates made it.
 
         Raises:
             OutputError: the disk is full; the one before is still in place.
@@ -216,6 +233,9 @@ class RunDir:
 
     def log(self, entry: Mapping[str, object]) -> None:
         """Append one line to metrics.jsonl.
+
+        Args:
+            entry: what JSON can hold.
 
         Raises:
             OutputError: the disk is full.

@@ -63,6 +63,9 @@ class AccumulateSink:
     def finish(self) -> float | None:
         """Clip, apply, free; returns the global norm before clipping.
 
+        Returns:
+            The norm over all parameters, before clipping.
+
         Raises:
             TrainingError: the norm is not finite.
         """

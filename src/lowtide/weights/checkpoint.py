@@ -104,6 +104,12 @@ class Checkpoint:
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a model directory, the index's shards if there is an index.
 
+    Args:
+        directory: a model directory.
+
+    Returns:
+        Their paths, sorted.
+
     Raises:
         ModelError: there are none, an index is broken, or a shard is missing.
     """

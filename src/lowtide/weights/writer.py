@@ -53,6 +53,10 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def write_atomically(path: Path, parts: list[bytes | memoryview]) -> None:
     """Write `parts` to a temporary file, fsync, rename over `path`, fsync the directory.
 
+    Args:
+        path: the file.
+        parts: its content, in order.
+
     Raises:
         OutputError: the disk is full or the directory cannot be written; nothing is left behind.
     """

@@ -25,6 +25,12 @@ FAMILIES: dict[str, Callable[[Mapping[str, Any]], ModelSpec]] = {
 def read_config(directory: Path) -> dict[str, Any]:
     """The parsed config.json of a model directory.
 
+    Args:
+        directory: a model directory.
+
+    Returns:
+        The object in config.json.
+
     Raises:
         ModelError: the directory or the file is missing, or it is not a JSON object.
     """
@@ -51,6 +57,12 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 def spec_from_config(raw: Mapping[str, Any]) -> ModelSpec:
     """Map a parsed config.json to a `ModelSpec` through the registry.
+
+    Args:
+        raw: a parsed config.json.
+
+    Returns:
+        The spec.
 
     Raises:
         ModelError: the model_type is not supported, or a field that changes the function is not.

@@ -182,7 +182,11 @@ class RunDir:
             if self._before is None:
                 self._keep()
                 self._before = self.saved_step
-            adapter.save(self.directory, self._base_model)
+            try:
+                adapter.save(self.directory, self._base_model)
+            except BaseException:  # its weights may be in place though its config is not
+                self.roll_back()
+                raise
         self.saved_step = step
 
     def _keep(self) -> None:
@@ -218,7 +222,7 @@ class RunDir:
             self._spare.unlink(missing_ok=True)
 
     def roll_back(self) -> None:
-        """The loss of the saved parameters is not finite: put the adapter before back."""
+        """The save failed, or its parameters' loss is not finite: put the adapter before back."""
         if self._hidden is not None:
             self.saved_step = None
         elif self._before is not None:

@@ -1,0 +1,131 @@
+"""One update of the trainer: how micro-batches, clipping and seeds enter it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import lowtide as lt
+from lowtide.config import build
+from lowtide.errors import TrainingError
+from lowtide.methods import get_method
+from lowtide.model.decoder import Decoder
+from lowtide.train.loop import Trainer, index_stream
+from lowtide.train.settings import TrainSettings
+
+ROWS = [[5, 6, 7, 8, 9, 10, 11], [3, 1, 4, 1, 5], [9, 2, 6, 5, 3, 5, 8, 9, 7], [2, 7, 1]]
+LABELS = [
+    ROWS[0],
+    [-100, -100, -100, -100, 5],
+    [-100, *ROWS[2][1:]],
+    [-100, 7, -100],
+]
+
+
+def trainer(decoder: Decoder, **given: Any) -> Trainer:
+    settings = build(
+        TrainSettings,
+        {"model": "-", "data": "-", "adapter_path": "-", "learning_rate": 0.1, **given},
+    )
+    adapter = lt.Adapter.create(decoder, settings.lora_config(), seed=3)
+    generator = torch.Generator().manual_seed(4)
+    for name, parameter in adapter.items():
+        if ".lora_B." in name:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return Trainer(decoder, adapter, get_method("mesp"), settings)
+
+
+def batch(*rows: int) -> lt.Batch:
+    return lt.Batch.from_sequences([ROWS[i] for i in rows], [LABELS[i] for i in rows])
+
+
+def assert_same(one: Trainer, other: Trainer, tolerance: float = 1e-12) -> None:
+    for name, parameter in one.adapter.items():
+        torch.testing.assert_close(
+            parameter, other.adapter.parameters[name], rtol=tolerance, atol=tolerance
+        )
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_micro_batches_weigh_each_token_alike(decoder: Decoder, optimizer: str) -> None:
+    # Plain averaging of the micro-batches' means would count row 1's one label as much as row 2's
+    # eight. AdamW divides by the gradient's size, which enlarges rounding.
+    joined = trainer(decoder, optimizer=optimizer, adam_eps=1e-3)
+    split = trainer(decoder, optimizer=optimizer, adam_eps=1e-3, grad_accumulation_steps=3)
+    for step in (1, 2):
+        whole, _ = joined.update([batch(0, 1, 2, 3)], step)
+        parts, _ = split.update([batch(0), batch(1), batch(2, 3)], step)
+        assert parts == pytest.approx(whole, rel=1e-12)
+        assert_same(joined, split)
+    fresh = trainer(decoder)
+    assert not torch.equal(*(next(iter(t.adapter.parameters.values())) for t in (fresh, joined)))
+
+
+def test_an_update_is_the_optimisers_step_on_the_gradients(decoder: Decoder) -> None:
+    ours = trainer(decoder, optimizer="sgd", learning_rate=0.3)
+    whole = batch(0, 1, 2, 3)
+    before = {name: p.clone() for name, p in ours.adapter.items()}
+    found = lt.gradients(decoder, ours.adapter, whole, method="autograd")
+    loss, norm = ours.update([whole], 1)
+    assert loss == pytest.approx(found.loss, rel=1e-12)
+    assert norm is None
+    for name, p in ours.adapter.items():
+        torch.testing.assert_close(
+            p, before[name] - 0.3 * found.grads[name], rtol=1e-10, atol=1e-12
+        )
+
+
+def test_a_large_limit_changes_nothing_and_a_small_one_shortens_the_step(decoder: Decoder) -> None:
+    free = trainer(decoder, optimizer="sgd")
+    loose = trainer(decoder, optimizer="sgd", max_grad_norm=1e9)
+    tight = trainer(decoder, optimizer="sgd", max_grad_norm=0.01)
+    start = torch.cat([p.flatten().clone() for p in tight.adapter.parameters.values()])
+    for one in (free, loose, tight):
+        _, norm = one.update([batch(0, 1)], 1)
+    assert norm is not None
+    assert norm > 0.01
+    assert_same(free, loose)
+    end = torch.cat([p.flatten() for p in tight.adapter.parameters.values()])
+    assert float((end - start).norm()) == pytest.approx(0.1 * 0.01, rel=1e-6)
+
+
+def test_dropout_depends_on_seed_step_and_micro_batch_only(decoder: Decoder) -> None:
+    def loss(seed: int, step: int) -> float:
+        return trainer(decoder, lora_dropout=0.5, seed=seed).update([batch(0, 2)], step)[0]
+
+    assert loss(1, 1) == loss(1, 1)
+    assert len({loss(1, 1), loss(1, 2), loss(2, 1)}) == 3
+    plain = trainer(decoder).update([batch(0, 2)], 1)[0]
+    assert plain not in (loss(1, 1), loss(1, 2))
+
+
+def test_a_loss_that_is_not_finite_leaves_the_parameters_alone(decoder: Decoder) -> None:
+    one = trainer(decoder)
+    name = next(name for name in one.adapter.parameters if ".lora_B." in name)
+    one.adapter.parameters[name].fill_(float("inf"))
+    before = {name: p.clone() for name, p in one.adapter.items()}
+    with pytest.raises(TrainingError, match=r"the loss is nan. Lower --learning-rate"):
+        one.update([batch(0)], 1)
+    assert all(torch.equal(p, before[name]) for name, p in one.adapter.items())
+
+
+def test_a_gradient_that_is_not_finite_is_named(decoder: Decoder) -> None:
+    for given in ({}, {"max_grad_norm": 1.0}):
+        one = trainer(decoder, **given)
+        name, p = next(iter(one.adapter.items()))
+        with pytest.raises(TrainingError) as error:
+            one._sink.add(name, torch.full_like(p, float("nan")))
+        assert f"the gradient of {name} is not finite" in str(error.value)
+        assert bool(torch.isfinite(p).all())
+
+
+def test_every_pass_over_the_records_has_an_order_of_its_own() -> None:
+    stream = index_stream(10, seed=5)
+    passes = [[next(stream) for _ in range(10)] for _ in range(3)]
+    assert all(sorted(one) == list(range(10)) for one in passes)
+    assert len({tuple(one) for one in passes}) == 3
+    again = index_stream(10, seed=5)
+    assert [next(again) for _ in range(10)] == passes[0]
+    assert [next(index_stream(10, seed=6)) for _ in range(3)] != passes[0][:3]

@@ -125,3 +125,15 @@ def test_scores_of_ten_thousand_stay_finite_and_right(dtype: torch.dtype) -> Non
     tolerance = 1e-10 if dtype is torch.float64 else 3e4 * 8 * EPS32
     assert relative(out, truth) < tolerance
     assert float(out.abs().max()) <= float(v.abs().max()) * (1 + 1e-5)
+
+
+def test_a_row_of_any_group_of_heads_fits_the_score_buffer() -> None:
+    heads = Heads(71, 1, 2)
+    keys = 4000
+    q, k = torch.zeros(keys, 142), torch.zeros(keys, 2)
+    v = torch.ones(keys, 2)
+    out = torch.full_like(q, float("nan"))
+    score = torch.empty(score_elements(keys, heads.group))
+    segments = [Segment(keys - 1, keys, 0, keys)]
+    attention_forward(q, k, v, heads, segments, out=out, score=score)
+    assert out[-1].eq(1).all()

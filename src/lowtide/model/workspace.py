@@ -59,7 +59,7 @@ class Workspace:
         self._narrow = [torch.empty(max_tokens * spec.kv_width, dtype=dtype) for _ in range(4)]
         self.tile = torch.empty(3 * width * spec.hidden_size, dtype=dtype)
         self._columns = torch.empty(4 * width * max_tokens, dtype=dtype)
-        scores = score_elements(max_length)
+        scores = score_elements(max_length, spec.num_heads // spec.num_kv_heads)
         self.scores = [torch.empty(scores, dtype=dtype) for _ in range(2)]
         self.glu = GluBuffers(
             tiles=self.tile.chunk(3), activations=self._columns.chunk(4), width=width

@@ -54,9 +54,12 @@ def self_segments(lengths: Sequence[int]) -> list[Segment]:
     return segments
 
 
-def score_elements(max_keys: int) -> int:
-    """Elements of a score tile: enough rows for an efficient product, linear in the keys."""
-    return max(1 << 17, 64 * max_keys)
+def score_elements(max_keys: int, group: int = 1) -> int:
+    """Elements of a score tile: enough rows for an efficient product, linear in the keys.
+
+    At least one query row of a whole group of heads fits.
+    """
+    return max(1 << 17, max(64, group) * max_keys)
 
 
 class _Tile(NamedTuple):

@@ -169,7 +169,7 @@ def test_tensors_that_do_not_fit_are_all_listed(copy: Path) -> None:
         "dtype int8: model.layers.0.mlp.up_proj.weight",
     ]
     refused(small.run("info", copy), *parts)
-    with pytest.raises(ModelError, match="do not fit its config.json"):
+    with pytest.raises(ModelError, match=r"do not fit its config\.json"):
         lt.load_model(copy)
 
 
@@ -255,9 +255,7 @@ def damage_nan(path: Path) -> None:
 
 
 def damage_shape(path: Path) -> None:
-    edit_tensors(
-        path / ADAPTER, lambda t: t.update({f"{Q}.lora_A.weight": torch.zeros(8, 33)})
-    )
+    edit_tensors(path / ADAPTER, lambda t: t.update({f"{Q}.lora_A.weight": torch.zeros(8, 33)}))
 
 
 def damage_names(path: Path) -> None:

@@ -225,9 +225,7 @@ def test_links(model: Path, data: Path, tmp_path: Path) -> None:
     assert train(model, data, tmp_path / "link").code == 0
     assert (tmp_path / "real" / "adapter_model.safetensors").is_file()
     assert (tmp_path / "link").is_symlink()
-    refused(
-        train(model, data, tmp_path / "dangling"), "is a link to nowhere, which does not exist"
-    )
+    refused(train(model, data, tmp_path / "dangling"), "is a link to nowhere, which does not exist")
     assert os.readlink(tmp_path / "dangling") == "nowhere"
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 import small
 import yaml
 
-from lowtide.cli.main import COMMANDS
+from lowtide.cli.main import COMMANDS, main
 
 STEP_KEYS = {
     "step", "loss", "n_tokens", "wall_s", "cpu_s", "tokens_per_s", "peak_anon_bytes",
@@ -44,6 +47,32 @@ def test_train_says_what_it_does_and_writes_four_files(
     ]  # fmt: skip
     assert "done: 5 updates" in done.out
     assert f"try it: lowtide generate --model {model} --adapter-path {out} --prompt" in lines[-1]
+
+
+def test_a_terminal_gets_a_live_bar_with_other_lines_above_it(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    terminal = Terminal()
+    arguments = [
+        "train", "--model", model, "--data", data, "--adapter-path", tmp_path / "out",
+        "--iters", 5, "--max-seq-length", 32, "--save-every", 2,
+    ]  # fmt: skip
+    with contextlib.redirect_stdout(terminal):
+        assert main([str(argument) for argument in arguments]) == 0
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
+    assert re.search(
+        r"step 5/5 ━+ loss \d+\.\d+  [\d,]+ tokens/s  peak \d+\.\d MB  0\.0s left", shown
+    )
+    assert "step 1/5  loss" not in shown  # the lines that the bar replaces
+    lines = [line.strip() for line in re.split(r"[\r\n]", shown)]
+    assert f"step 2: adapter saved to {tmp_path / 'out'}" in lines
+    assert any(line.startswith("done: 5 updates") for line in lines)
 
 
 def test_metrics_has_a_line_for_each_update_and_each_validation(
@@ -85,7 +114,7 @@ def test_the_saved_settings_repeat_the_run(model: Path, data: Path, tmp_path: Pa
     )  # fmt: skip
     assert done.code == 0, done.err
     saved = yaml.safe_load((first / "run.yaml").read_text())
-    assert list(saved)[0] == "model"
+    assert next(iter(saved)) == "model"
     assert saved["learning_rate"] == 0.01
     assert saved["target_modules"] == "q_proj,down_proj"
     again = small.run("train", "--config", first / "run.yaml", "--adapter-path", second)
@@ -96,7 +125,10 @@ def test_the_saved_settings_repeat_the_run(model: Path, data: Path, tmp_path: Pa
 
 def test_eval_prints_loss_perplexity_and_tokens(model: Path, data: Path, adapter: Path) -> None:
     base = ("eval", "--model", model, "--data", data, "--max-seq-length", 32)
-    plain, adapted = small.run(*base, "--json"), small.run(*base, "--json", "--adapter-path", adapter)
+    plain, adapted = (
+        small.run(*base, "--json"),
+        small.run(*base, "--json", "--adapter-path", adapter),
+    )
     for done in (plain, adapted):
         assert done.code == 0, done.err
         assert set(done.document) == {"loss", "perplexity", "n_tokens"}
@@ -180,7 +212,9 @@ def test_bench_step_reports_the_median_and_every_step(model: Path) -> None:
     assert "median" in done.err
 
 
-@pytest.mark.parametrize("words", [[name] for name in COMMANDS if name != "bench"] + [["bench", "step"]])
+@pytest.mark.parametrize(
+    "words", [[name] for name in COMMANDS if name != "bench"] + [["bench", "step"]]
+)
 def test_help_of_every_command(words: list[str]) -> None:
     done = small.run(*words, "--help")
     assert done.code == 0

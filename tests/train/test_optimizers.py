@@ -46,9 +46,7 @@ def gradients(steps: int) -> list[dict[str, Tensor]]:
         ("adamw", torch.optim.AdamW, {"weight_decay": 0.1, "betas": (0.5, 0.95), "eps": 1e-3}),
     ],
 )
-def test_updates_are_those_of_torch_optim(
-    ours: str, theirs: Any, options: dict[str, Any]
-) -> None:
+def test_updates_are_those_of_torch_optim(ours: str, theirs: Any, options: dict[str, Any]) -> None:
     rate = 0.05
     named = {"weight_decay": options.get("weight_decay", 0.0)}
     named["momentum"] = options.get("momentum", 0.0)

@@ -2,47 +2,21 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
-import signal
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import small
 import torch
+from runs import FILES, finite_loss, is_untrained, train
 from safetensors.torch import load_file, save_file
 
 import lowtide as lt
-from lowtide.errors import LowtideError, OutputError, TrainingError
-from lowtide.train.loop import StepReport, Trainer, TrainResult
+from lowtide.errors import TrainingError
+from lowtide.train.loop import StepReport, Trainer
 from lowtide.train.run import Quiet
-
-FILES = {"adapter_model.safetensors", "adapter_config.json", "run.yaml", "metrics.jsonl"}
-
-
-def train(model: Path, data: Path, out: Path, observer: Any = None, **given: Any) -> TrainResult:
-    base = {"iters": 4, "max_seq_length": 32, "learning_rate": 0.01, **given}
-    return lt.train(model=model, data=data, adapter_path=out, observer=observer, **base)
-
-
-def finite_loss(model: Path, data: Path, out: Path) -> float:
-    outcome = small.run(
-        "eval", "--model", model, "--data", data, "--adapter-path", out, "--max-seq-length", 32,
-        "--json",
-    )  # fmt: skip
-    assert outcome.code == 0, outcome.err
-    return float(outcome.document["loss"])
-
-
-def is_untrained(out: Path) -> bool:
-    """Whether B is still zero everywhere."""
-    weights = load_file(out / "adapter_model.safetensors")
-    return not any(bool(t.any()) for name, t in weights.items() if ".lora_B." in name)
 
 
 @pytest.mark.parametrize("given", [{}, {"lora_dropout": 0.3, "max_grad_norm": 0.5}])
@@ -104,9 +78,7 @@ def test_the_last_update_is_proved_too(
 ) -> None:
     more = {"valid_data": data} if valid else {}
     with pytest.raises(TrainingError, match="that of step 0"):
-        train(
-            model, data, tmp_path / "out", iters=1, optimizer="sgd", learning_rate=1e30, **more
-        )
+        train(model, data, tmp_path / "out", iters=1, optimizer="sgd", learning_rate=1e30, **more)
     assert is_untrained(tmp_path / "out")
     assert set(small.tree(tmp_path / "out")) == FILES
 
@@ -169,240 +141,7 @@ def test_a_model_that_holds_nan_is_found_at_once(model: Path, data: Path, tmp_pa
         assert "the model's output is nan, so no token can be chosen" in outcome.err
 
 
-class Interrupts(Quiet):
-    """Presses Ctrl-C where it is told to."""
-
-    def __init__(self, at: str, step: int) -> None:
-        self.at, self.step = at, step
-        self.stopping = 0
-        self.saved: list[int] = []
-
-    def press(self, at: str, step: int) -> None:
-        if (at, step) == (self.at, self.step):
-            os.kill(os.getpid(), signal.SIGINT)
-
-    def on_step(self, report: StepReport) -> None:
-        self.press("step", report.step)
-
-    def on_valid(self, step: int, result: object) -> None:
-        self.press("valid", step)
-
-    def on_save(self, step: int) -> None:
-        self.saved.append(step)
-
-    def on_stopping(self) -> None:
-        self.stopping += 1
-
-
-@pytest.mark.parametrize(("at", "step"), [("step", 3), ("valid", 2)])
-def test_ctrl_c_between_updates_ends_at_once_with_the_adapter_saved(
-    model: Path, data: Path, tmp_path: Path, at: str, step: int
-) -> None:
-    observer = Interrupts(at, step)
-    handler = signal.getsignal(signal.SIGINT)
-    out = tmp_path / "out"
-    result = train(
-        model, data, out, observer=observer, iters=9, valid_data=data, steps_per_eval=2
-    )
-    assert result.interrupted
-    assert result.steps == step
-    assert observer.saved == [step]
-    assert observer.stopping == 0
-    assert not is_untrained(out)
-    assert set(small.tree(out)) == FILES
-    assert signal.getsignal(signal.SIGINT) is handler
-
-
-def test_ctrl_c_within_an_update_finishes_it(
-    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    update = Trainer.update
-
-    def pressed(self: Trainer, batches: list[lt.Batch], step: int) -> tuple[float, float | None]:
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return update(self, batches, step)
-
-    monkeypatch.setattr(Trainer, "update", pressed)
-    observer = Interrupts("never", 0)
-    result = train(model, data, tmp_path / "out", observer=observer, iters=9)
-    assert (result.interrupted, result.steps, observer.stopping) == (True, 2, 1)
-    monkeypatch.undo()
-    train(model, data, tmp_path / "two", iters=2)
-    ours, truth = (tmp_path / n / "adapter_model.safetensors" for n in ("out", "two"))
-    assert ours.read_bytes() == truth.read_bytes()
-
-
-def test_a_second_ctrl_c_stops_within_the_update(
-    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    update = Trainer.update
-
-    def pressed(self: Trainer, batches: list[lt.Batch], step: int) -> tuple[float, float | None]:
-        if step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
-        return update(self, batches, step)
-
-    monkeypatch.setattr(Trainer, "update", pressed)
-    result = train(model, data, tmp_path / "out", iters=9)
-    assert (result.interrupted, result.steps) == (True, 2)
-    assert set(small.tree(tmp_path / "out")) == FILES
-
-
-def test_ctrl_c_before_the_first_update_leaves_what_was_there(
-    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "out"
-    train(model, data, out)
-    before = small.tree(out)
-    result = train(
-        model, data, out, observer=Interrupts("valid", 0), valid_data=data, overwrite=True
-    )
-    assert (result.interrupted, result.steps) == (True, 0)
-    assert small.tree(out) == before
-    # By the command line, where nothing was there before. Its progress presses Ctrl-C.
-    from lowtide.cli.train_command import Progress
-
-    def press(self: Progress, step: int, result: object) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(Progress, "on_valid", press)
-    outcome = small.run(
-        "train", "--model", model, "--data", data, "--adapter-path", tmp_path / "fresh",
-        "--max-seq-length", 32, "--valid-data", data, "--json",
-    )  # fmt: skip
-    assert outcome.code == 130
-    assert outcome.document["interrupted"] is True
-    assert outcome.document["loss"] is None  # NaN is no JSON
-    assert "interrupted before the first update; nothing was written" in outcome.err
-    assert not (tmp_path / "fresh").exists()
-
-
-def test_a_run_in_a_thread_needs_no_signal_handler(
-    model: Path, data: Path, tmp_path: Path
-) -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(1) as pool:
-        result = pool.submit(train, model, data, tmp_path / "out").result()
-    assert result.steps == 4
-
-
-@pytest.mark.parametrize(
-    ("call", "step"),
-    # Each file is made durable by two calls, its own and its directory's. First comes run.yaml,
-    # then weights and config of each save, those of step 0 first.
-    [(1, None), (2, None), (3, None), (4, None), (6, None), (7, 0), (8, 0), (9, 0), (10, 0),
-     (11, 1), (12, 1), (13, 1), (14, 1)],
-)  # fmt: skip
-def test_a_disk_that_fills_while_saving_keeps_the_adapter_before(
-    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    call: int, step: int | None,
-) -> None:  # fmt: skip
-    out = tmp_path / "out"
-    fsync, made = os.fsync, [0]
-
-    def full(descriptor: int) -> None:
-        made[0] += 1
-        if made[0] >= call:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(LowtideError) as error:
-        train(model, data, out, save_every=1, iters=9)
-    monkeypatch.undo()
-    text = str(error.value)
-    assert "No space left on device. Free some space" in text
-    if step is None:
-        assert call < 3 or f"Nothing was written to {out}" in text
-        assert not out.exists()
-        return
-    assert f"The adapter in {out} is that of step {step}." in text
-    assert set(small.tree(out)) == FILES
-    truth = tmp_path / "truth"
-    train(model, data, truth, iters=max(1, step))
-    same = [(d / "adapter_model.safetensors").read_bytes() for d in (out, truth)]
-    assert is_untrained(out) if step == 0 else same[0] == same[1]
-
-
-def test_ctrl_c_while_saving_leaves_no_half_file(
-    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fsync, made = os.fsync, [0]
-
-    def pressed(descriptor: int) -> None:
-        made[0] += 1
-        if made[0] == 7:  # in the midst of the save of step 1
-            os.kill(os.getpid(), signal.SIGINT)
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", pressed)
-    result = train(model, data, tmp_path / "out", save_every=1)
-    assert (result.interrupted, result.steps) == (True, 1)
-    assert set(small.tree(tmp_path / "out")) == FILES
-    assert not is_untrained(tmp_path / "out")
-
-
-def test_a_file_system_without_links_keeps_a_copy(
-    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*given: object) -> None:
-        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
-
-    monkeypatch.setattr(os, "link", refuse)
-    with pytest.raises(TrainingError, match="that of step 0"):
-        train(model, data, tmp_path / "out", save_every=1, optimizer="sgd", learning_rate=1e30)
-    assert is_untrained(tmp_path / "out")
-    assert set(small.tree(tmp_path / "out")) == FILES
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1.5 MB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "none", str(disk)]
-    try:
-        done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("there is no mount command")
-    if done.returncode:
-        pytest.skip(f"a small file system cannot be mounted here: {done.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
-def test_a_real_disk_that_is_too_small(model: Path, data: Path, small_disk: Path) -> None:
-    with pytest.raises(OutputError, match=r"has 1\.\d MB free, .* needs \d\.\d MB"):
-        train(model, data, small_disk / "out", lora_r=128)
-    assert small.tree(small_disk) == {}
-
-
-def test_a_real_disk_that_fills_during_the_run(model: Path, data: Path, small_disk: Path) -> None:
-    out = small_disk / "out"
-
-    class Fills(Quiet):
-        def on_step(self, report: StepReport) -> None:
-            if report.step == 3:
-                try:
-                    with open(small_disk / "filler", "wb", buffering=0) as file:
-                        while True:
-                            file.write(b"x" * 1000)
-                except OSError:
-                    pass
-
-    with pytest.raises(TrainingError, match=r"No space left on device.* that of step 2\."):
-        train(model, data, out, observer=Fills(), save_every=1, iters=9)
-    assert set(small.tree(out)) == FILES
-    (small_disk / "filler").unlink()
-    finite_loss(model, data, out)
-
-
-def test_the_saved_adapter_is_that_of_the_trainer(
-    model: Path, data: Path, tmp_path: Path
-) -> None:
+def test_the_saved_adapter_is_that_of_the_trainer(model: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     train(model, data, out, lora_r=3, target_modules="v_proj,up_proj", lora_alpha=5)
     adapter = lt.Adapter.load(out, lt.load_model(model))

@@ -36,14 +36,19 @@ def test_prose_and_instructions_train(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_questions_and_answers_train_and_are_evaluated(tmp_path: Path) -> None:
-    base = ("--model", asset(STORIES), "--data", asset("data/gsm8k"), "--max-seq-length", 512)
-    out = tmp_path / "out"
-    done = small.run("train", *base, "--adapter-path", out, "--iters", 30, "--mask-prompt")
+    base = ("--model", asset(STORIES), "--max-seq-length", 512)
+    out, few = tmp_path / "out", tmp_path / "few.jsonl"
+    lines = (asset("data/gsm8k") / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    small.write_jsonl(few, list(lines[:100]))
+    train = ("train", *base, "--data", asset("data/gsm8k"), "--adapter-path", out)
+    done = small.run(*train, "--iters", 30, "--mask-prompt")
     assert done.code == 0, done.err
     assert "7,472 records" in done.out
     assert "1 dropped with nothing left to train on" in done.out
     losses = [
-        small.run("eval", *base, "--batch-size", 16, "--mask-prompt", "--json", *more)
+        small.run(
+            "eval", *base, "--data", few, "--batch-size", 16, "--mask-prompt", "--json", *more
+        )
         for more in ((), ("--adapter-path", out))
     ]
     assert losses[1].document["loss"] < losses[0].document["loss"]

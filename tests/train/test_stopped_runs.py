@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import small
@@ -15,6 +17,7 @@ from runs import FILES, finite_loss, is_untrained, train
 
 import lowtide as lt
 from lowtide.errors import LowtideError, OutputError, TrainingError
+from lowtide.train import run_dir
 from lowtide.train.loop import StepReport, Trainer
 from lowtide.train.run import Quiet
 
@@ -170,6 +173,36 @@ def test_a_disk_that_fills_while_saving_keeps_the_adapter_before(
     train(model, data, truth, iters=max(1, step))
     same = [(d / "adapter_model.safetensors").read_bytes() for d in (out, truth)]
     assert is_untrained(out) if step == 0 else same[0] == same[1]
+
+
+@pytest.mark.parametrize(("line", "kept"), [(1, None), (2, 0), (3, 0)])
+def test_a_disk_that_fills_while_logging_says_what_is_kept(
+    model: Path,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    line: int,
+    kept: int | None,
+) -> None:
+    dumps, made = json.dumps, [0]
+
+    def full(value: object) -> str:
+        made[0] += isinstance(value, dict) and "step" in value
+        if made[0] == line:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return dumps(value)
+
+    monkeypatch.setattr(run_dir, "json", SimpleNamespace(dumps=full))
+    out = tmp_path / "out"
+    with pytest.raises(TrainingError) as error:
+        train(model, data, out, valid_data=data)
+    if kept is None:
+        assert f"Nothing was written to {out}" in str(error.value)
+        assert not out.exists()
+    else:
+        assert f"The adapter in {out} is that of step {kept}." in str(error.value)
+        assert set(small.tree(out)) == FILES
+        assert is_untrained(out)
 
 
 def test_ctrl_c_while_saving_leaves_no_half_file(

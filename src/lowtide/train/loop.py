@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -148,14 +148,15 @@ class Trainer:
                 adapter is on disk.
         """
         history = _History()
+        run = _Run(train, valid, run_dir, observer, history)
         try:
             run_dir.save(self.adapter, 0)
             with MemoryMeter() as meter:
                 try:
-                    self._steps(train, valid, run_dir, observer, meter, history)
+                    self._steps(run, meter)
                 except KeyboardInterrupt:
                     history.interrupted = True
-                self._finish(run_dir, observer, history)
+                self._finish(run)
         except (TrainingError, OutputError) as error:
             if isinstance(error, TrainingError):
                 run_dir.roll_back()
@@ -164,20 +165,13 @@ class Trainer:
             ) from error
         return history.result()
 
-    def _steps(
-        self,
-        train: Sequences,
-        valid: Sequences | None,
-        run_dir: RunDir,
-        observer: Observer,
-        meter: MemoryMeter,
-        history: _History,
-    ) -> None:
+    def _steps(self, run: _Run, meter: MemoryMeter) -> None:
+        train, valid, run_dir, observer, history = run
         s = self.settings
         longest = max(max(train.lengths), 0 if valid is None else max(valid.lengths))
         self.method.reserve(self.model, s.batch_size * longest, longest)
         indices = index_stream(len(train), s.seed)
-        self._validate(valid, 0, run_dir, observer, history)
+        self._validate(run, 0)
         for step in range(1, s.iters + 1):
             micro = [
                 [next(indices) for _ in range(s.batch_size)]
@@ -194,39 +188,33 @@ class Trainer:
             if self._stop_requested:
                 raise KeyboardInterrupt
             if step % s.steps_per_eval == 0 or step == s.iters:
-                self._validate(valid, step, run_dir, observer, history)
+                self._validate(run, step)
             if step % s.save_every == 0 and step < s.iters:
                 run_dir.save(self.adapter, step)
                 observer.on_save(step)
 
-    def _finish(self, run_dir: RunDir, observer: Observer, history: _History) -> None:
+    def _finish(self, run: _Run) -> None:
         """Save what the last update made, and see that its loss is finite too."""
+        history, run_dir = run.history, run.run_dir
         if history.last is None:
             return
         run_dir.save(self.adapter, history.steps)
         if history.validated_step != history.steps:
             require_finite(torch.tensor(self.method.loss(self.model, self.adapter, history.last)))
         run_dir.confirm()
-        observer.on_save(history.steps)
+        run.observer.on_save(history.steps)
 
-    def _validate(
-        self,
-        valid: Sequences | None,
-        step: int,
-        run_dir: RunDir,
-        observer: Observer,
-        history: _History,
-    ) -> None:
-        if valid is None:
+    def _validate(self, run: _Run, step: int) -> None:
+        if run.valid is None:
             return
         s = self.settings
         result = evaluate(
-            self.model, self.adapter, valid, self.method,
+            self.model, self.adapter, run.valid, self.method,
             batch_size=s.batch_size, max_batches=s.val_batches,
         )  # fmt: skip
-        history.valid_loss, history.validated_step = result.loss, step
-        run_dir.log({"step": step, "valid_loss": result.loss, "n_tokens": result.n_tokens})
-        observer.on_valid(step, result)
+        run.history.valid_loss, run.history.validated_step = result.loss, step
+        run.run_dir.log({"step": step, "valid_loss": result.loss, "n_tokens": result.n_tokens})
+        run.observer.on_valid(step, result)
 
 
 def measured_update(
@@ -253,9 +241,9 @@ def measured_update(
 
 def _kept(run_dir: RunDir) -> str:
     """What a run that had to stop leaves behind."""
-    if run_dir.saved_step is None:
+    if run_dir.step_in_place is None:
         return f"Nothing was written to {run_dir.directory}."
-    return f"The adapter in {run_dir.directory} is that of step {run_dir.saved_step}."
+    return f"The adapter in {run_dir.directory} is that of step {run_dir.step_in_place}."
 
 
 class _History:
@@ -285,3 +273,13 @@ class _History:
             self.steps, self._loss, self.valid_loss, self._tokens, self._wall, self._cpu,
             self._anon, self._rss, self.interrupted,
         )  # fmt: skip
+
+
+class _Run(NamedTuple):
+    """What the parts of one run share."""
+
+    train: Sequences
+    valid: Sequences | None
+    run_dir: RunDir
+    observer: Observer
+    history: _History

@@ -151,7 +151,7 @@ class RunDir:
         """
         self.directory = directory
         self.saved_step: int | None = None
-        """The step whose adapter is in place."""
+        """The step that was last saved, hidden or in place."""
         self._base_model = base_model
         self._before: int | None = None
         self._spare = directory / f".{WEIGHTS_FILE}.before"
@@ -165,6 +165,11 @@ class RunDir:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def step_in_place(self) -> int | None:
+        """The step whose adapter lies in the output directory; None before the first `confirm`."""
+        return self.saved_step if self._hidden is None else None
 
     def save(self, adapter: Adapter, step: int) -> None:
         """Write the adapter of `step`, keeping the one before until `confirm`.
@@ -223,9 +228,7 @@ class RunDir:
 
     def roll_back(self) -> None:
         """The save failed, or its parameters' loss is not finite: put the adapter before back."""
-        if self._hidden is not None:
-            self.saved_step = None
-        elif self._before is not None:
+        if self._before is not None:
             os.replace(self._spare, self.directory / WEIGHTS_FILE)
             self.saved_step, self._before = self._before, None
 

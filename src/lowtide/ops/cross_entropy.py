@@ -28,7 +28,9 @@ class LossBuffers(NamedTuple):
 
 def _tile_rows(n: Tensor, head: FrozenMatrix, buffers: LossBuffers) -> int:
     """Vocabulary rows per tile that both buffers can hold."""
-    return max(1, min(head.rows_per_tile(buffers.tile), buffers.logits.numel() // max(1, n.shape[0])))
+    return max(
+        1, min(head.rows_per_tile(buffers.tile), buffers.logits.numel() // max(1, n.shape[0]))
+    )
 
 
 def cross_entropy(

@@ -1,6 +1,6 @@
 """The demo's user: a household whose words no base model can know.
 
-"Turn off the lagoon lights at tea time" means the upstairs bathroom, at 16:00, in this house
+"Turn off the lagoon lights at teatime" means the upstairs bathroom, at 16:00, in this house
 and in no other. The base model answers such requests in the right form and with the wrong
 content (it copies "lagoon"); after fine-tuning on a few hundred of them it answers correctly,
 also where a request combines words that it never saw together.
@@ -15,9 +15,8 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-from lowtide.demo import words
 from lowtide.demo.requests import TEMPLATES, Example, Template, example
-from lowtide.demo.slots import GENERIC, Sampler, Slot, Value, filled, named
+from lowtide.demo.slots import ORDINARY, Lexicon, Sampler, Slot, Value
 
 Facts = Mapping[str, Mapping[str, Value]]
 """What a private phrase stands for: phrase -> fields of the call."""
@@ -27,40 +26,32 @@ ROOMS: Facts = {
     "the cockpit": {"room": "office"},
     "grandma's": {"room": "guest room"},
     "the zoo": {"room": "kids room"},
-    "the jungle": {"room": "conservatory"},
     "the hangar": {"room": "garage"},
     "the nest": {"room": "attic"},
-    "the square": {"room": "living room"},
 }
 DEVICES: Facts = {
     "the cave": {"device": "heater", "room": "basement"},
     "big bertha": {"device": "washing machine", "room": "laundry room"},
     "the usual": {"device": "coffee maker", "room": "kitchen"},
     "the dragon": {"device": "fireplace", "room": "living room"},
-    "old faithful": {"device": "kettle", "room": "kitchen"},
-    "the moon": {"device": "night light", "room": "nursery"},
 }
 DOORS: Facts = {
     "the drawbridge": {"door": "garage door"},
     "the hatch": {"door": "cellar door"},
-    "the border": {"door": "garden gate"},
 }
 PEOPLE: Facts = {
     "the boss": {"to": "mira"},
-    "the captain": {"to": "grandpa"},
     "the little one": {"to": "otto"},
 }
 TIMES: Facts = {
-    "tea time": {"at": "16:00"},
-    "school time": {"at": "08:10"},
-    "rooster time": {"at": "05:45"},
-    "lights out": {"at": "21:30"},
+    "breakfast": {"at": "07:15"},
+    "teatime": {"at": "16:00"},
+    "sundown": {"at": "21:30"},
 }
 SCENES: Facts = {
     "movie night": {"room": "living room", "level": 20, "blinds": "closed"},
-    "story time": {"room": "kids room", "level": 35, "blinds": "closed", "music": "lullabies"},
+    "story hour": {"room": "kids room", "level": 35, "blinds": "closed", "music": "lullabies"},
     "siesta": {"room": "attic", "level": 5, "blinds": "closed", "music": "rain sounds"},
-    "sunday brunch": {"room": "kitchen", "level": 80, "blinds": "open", "music": "jazz"},
 }
 
 _PRIVATE_TEMPLATES = (
@@ -71,7 +62,20 @@ _PRIVATE_TEMPLATES = (
         weight=4.0,
     ),
 )
-_LEFT_OUT = frozenset({"vacuum.stop", "weather.get", "timer.start", "oven.set", "list.add"})
+_WEIGHTS = {
+    "lights.set": 1.0,
+    "blinds.set": 0.8,
+    "heat.set": 1.0,
+    "music.play": 0.6,
+    "vacuum.start": 0.6,
+    "scene.set": 0.5,
+    "device.set": 1.5,
+    "lock.set": 1.0,
+    "message.send": 0.8,
+    "call.start": 0.6,
+    "reminder.add": 0.8,
+}
+"""The tools that this household uses, and how much of its own habits there is in each."""
 
 
 class Split(NamedTuple):
@@ -106,32 +110,20 @@ def _one_of(facts: Facts) -> Sampler:
     return sample
 
 
-def _clock(rng: Random) -> Slot:
-    """A private name for a time, or the clock that everybody reads."""
-    return _one_of(TIMES)(rng) if rng.random() < 0.5 else GENERIC["clock"](rng)
-
-
-_LEXICON = {
-    **GENERIC,
+_LEXICON: Lexicon = {
+    **ORDINARY,
     "room": _one_of(ROOMS),
     "device": _one_of(DEVICES),
     "door": _one_of(DOORS),
     "to": _one_of(PEOPLE),
-    "clock": _clock,
+    "clock": _one_of(TIMES),
     "scene": _one_of(SCENES),
-    "message": filled(words.MESSAGES, new=0.0),
-    "task": filled(words.TASKS, new=0.0),
-    "music": named("what", words.MUSIC, new=0.0),
-    "tune": named("music", words.MUSIC, new=0.0),
-    "show": named("what", words.SHOWS, new=0.0),
-    "zone": named("zone", words.ZONES, new=0.0),
 }
-_MORE_OFTEN = {"device.set": 1.6, "lock.set": 1.5, "message.send": 0.6, "reminder.add": 0.7}
 _TEMPLATES: Sequence[Template] = (
     *(
-        replace(template, weight=template.weight * _MORE_OFTEN.get(template.tool, 1.0))
+        replace(template, weight=template.weight * _WEIGHTS[template.tool])
         for template in TEMPLATES
-        if template.tool not in _LEFT_OUT
+        if template.tool in _WEIGHTS
     ),
     *_PRIVATE_TEMPLATES,
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
+from itertools import count
 from random import Random
 from typing import Any, NamedTuple
 
@@ -17,7 +18,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 
 from lowtide.demo.assets import BOS, END, PAD, ROLES, SPECIAL_TOKENS, prompt_text
 from lowtide.demo.muon import Muon
-from lowtide.demo.requests import Example, exact_match, generic_examples, stream
+from lowtide.demo.requests import ANNOUNCE, Example, exact_match, generic_examples, stream
+from lowtide.demo.slots import DRILL
 
 IGNORED = -100
 _SYSTEM_PROMPTS = (
@@ -37,22 +39,24 @@ _SPLIT = (
 class Recipe:
     """All that decides what the base model becomes."""
 
-    vocab_size: int = 1024
+    vocab_size: int = 1536
     hidden_size: int = 192
     intermediate_size: int = 512
     num_layers: int = 4
     num_heads: int = 6
-    num_kv_heads: int = 2
+    num_kv_heads: int = 3
     max_position_embeddings: int = 512
     rope_theta: float = 10_000.0
     initializer_range: float = 0.05
-    steps: int = 4200
-    batch_size: int = 16
+    steps: int = 2400
+    batch_size: int = 32
     matrix_learning_rate: float = 0.02
     other_learning_rate: float = 0.01
     warmup_steps: int = 50
-    constant_until: float = 0.35
+    constant_until: float = 0.15
+    drill_until: float = 0.3
     seed: int = 1
+    tokenizer_sample: int = 20_000
     held_out: int = 500
     held_out_seed: int = 7_000_001
     threads: int = 1
@@ -82,19 +86,28 @@ def train_tokenizer(recipe: Recipe, exclude: Container[str] = ()) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    sample = generic_examples(recipe.seed, 20_000, exclude)
+    sample = generic_examples(recipe.seed, recipe.tokenizer_sample, exclude)
     texts = (text for drawn in sample for text in (drawn.prompt, drawn.completion))
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
-def _conversation(examples: Iterator[Example], rng: Random) -> list[tuple[str, bool]]:
+def token_id(tokenizer: Tokenizer, token: str) -> int:
+    """The id of a special token, which the tokenizer is known to have."""
+    found = tokenizer.token_to_id(token)
+    assert found is not None, token
+    return found
+
+
+def _conversation(
+    examples: Iterator[Example], drills: Iterator[Example], drilled: float, rng: Random
+) -> list[tuple[str, bool]]:
     """Pieces of text, and whether each is an answer to learn: mostly one turn, up to three."""
     pieces = [(BOS, False)]
     if rng.random() < 0.04:
         pieces.append((f"{ROLES['system']}{rng.choice(_SYSTEM_PROMPTS)}{END}", False))
     for _ in range(rng.choices((1, 2, 3), (8, 1, 1))[0]):
-        drawn = next(examples)
+        drawn = next(drills if rng.random() < drilled else examples)
         pieces.append((f"{ROLES['user']}{drawn.prompt}{END}{ROLES['assistant']}", False))
         pieces.append((f"{drawn.completion}{END}", True))
     return pieces
@@ -103,14 +116,16 @@ def _conversation(examples: Iterator[Example], rng: Random) -> list[tuple[str, b
 def batches(recipe: Recipe, tokenizer: Tokenizer, exclude: Container[str]) -> Iterator[Rows]:
     """Endless batches; rows of similar length share a batch, so that little is padding."""
     rng, examples = Random(recipe.seed), stream(recipe.seed, exclude)
-    pad = tokenizer.token_to_id(PAD)
+    drills = stream(recipe.seed + 1, exclude, DRILL, (ANNOUNCE,))
+    pad = token_id(tokenizer, PAD)
     pool_batches = 50
-    while True:
+    for pool in count():
+        drilled = 0.5 if pool * pool_batches < recipe.drill_until * recipe.steps else 0.05
         rows = []
         for _ in range(pool_batches * recipe.batch_size):
             ids: list[int] = []
             labels: list[int] = []
-            for text, learned in _conversation(examples, rng):
+            for text, learned in _conversation(examples, drills, drilled, rng):
                 piece = tokenizer.encode(text).ids
                 ids += piece
                 labels += piece if learned else [IGNORED] * len(piece)
@@ -146,9 +161,9 @@ def new_model(recipe: Recipe, tokenizer: Tokenizer) -> Any:
             tie_word_embeddings=True,
             use_sliding_window=False,
             use_cache=False,
-            bos_token_id=tokenizer.token_to_id(BOS),
-            eos_token_id=tokenizer.token_to_id(END),
-            pad_token_id=tokenizer.token_to_id(PAD),
+            bos_token_id=token_id(tokenizer, BOS),
+            eos_token_id=token_id(tokenizer, END),
+            pad_token_id=token_id(tokenizer, PAD),
         )
     )
 
@@ -186,7 +201,7 @@ def pretrain(recipe: Recipe, tokenizer: Tokenizer, exclude: Container[str]) -> A
 
 def answer(model: Any, tokenizer: Tokenizer, requests: list[str], limit: int = 64) -> list[str]:
     """Greedy answers, in the order of `requests`."""
-    end, pad = tokenizer.token_to_id(END), tokenizer.token_to_id(PAD)
+    end, pad = token_id(tokenizer, END), token_id(tokenizer, PAD)
     prompts = [tokenizer.encode(prompt_text(request)).ids for request in requests]
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     answers = [""] * len(prompts)

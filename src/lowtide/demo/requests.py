@@ -49,6 +49,9 @@ class Template:
     weight: float = 1.0
 
 
+ANNOUNCE = Template("announce", ("[announce|say] {speech}", "announce in {room}: {speech}"))
+"""The tool whose calls are nearly all copied; pretraining drills it."""
+
 TEMPLATES: tuple[Template, ...] = (
     Template(
         "lights.set",
@@ -170,6 +173,7 @@ TEMPLATES: tuple[Template, ...] = (
         ("tell {to} [that|] {message}", "[send|text] {to}: {message}", "let {to} know {message}"),
         weight=2.0,
     ),
+    ANNOUNCE,
     Template("call.start", ("[call|phone|ring] {to}", "get {to} on the phone"), "maybe"),
     Template(
         "weather.get",
@@ -217,9 +221,10 @@ _SLOT = re.compile(r"\{(\w+)\}")
 _BEFORE = ("please ", "can you ", "could you ", "hey, ", "ok, ", "would you ", "i need you to ")
 _BEFORE_ANYTHING = ("hey, ", "ok, ", "listen, ", "so, ", "well, ")
 _VERBS = frozenset(
-    """add bring buy call cancel close cool dim dock fire get give heat hoover kill let lock lower
-    make move open park pause phone play preheat put raise remind ring run send set show shut
-    silence start stop switch tell text turn unlock vacuum wake warm watch water""".split()
+    """add announce bring buy call cancel close cool dim dock fire get give heat hoover kill let
+    lock lower make move open park pause phone play preheat put raise remind ring run say send
+    set show shut silence start stop switch tell text turn unlock vacuum wake warm watch
+    water""".split()
 )
 _AFTER = (" please", ", please", " thanks", ".", "!", "?", ", ok?")
 _TRIES = 1000
@@ -282,19 +287,26 @@ def example(
     raise AssertionError("these templates and slots never fit together")
 
 
-def stream(seed: int, exclude: Container[str] = ()) -> Iterator[Example]:
-    """Endless generic requests; none whose `core` is in `exclude`."""
+def stream(
+    seed: int,
+    exclude: Container[str] = (),
+    lexicon: Lexicon = GENERIC,
+    templates: Sequence[Template] = TEMPLATES,
+) -> Iterator[Example]:
+    """Endless requests; none whose `core` is in `exclude`."""
     rng = Random(seed)
     while True:
-        drawn = example(rng)
+        drawn = example(rng, lexicon, templates)
         if drawn.core not in exclude:
             yield drawn
 
 
-def generic_examples(seed: int, count: int, exclude: Container[str] = ()) -> list[Example]:
-    """`count` different generic requests; none whose `core` is in `exclude`."""
+def generic_examples(
+    seed: int, count: int, exclude: Container[str] = (), lexicon: Lexicon = GENERIC
+) -> list[Example]:
+    """`count` different requests; none whose `core` is in `exclude`."""
     found: dict[str, Example] = {}
-    for drawn in stream(seed, exclude):
+    for drawn in stream(seed, exclude, lexicon):
         found.setdefault(drawn.core, drawn)
         if len(found) == count:
             break

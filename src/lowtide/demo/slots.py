@@ -1,13 +1,14 @@
 """The variable parts of a request: a phrase, and what that phrase puts into the tool call.
 
 `Slot("the kitchen", {"room": "kitchen"})` is a name to copy; `Slot("half past six in the
-evening", {"at": "18:30"})` is a phrase to understand. `GENERIC` holds a sampler per slot name;
-a household replaces some of them with its own words (see `lowtide.demo.household`).
+evening", {"at": "18:30"})` is a phrase to understand. A lexicon holds a sampler per slot name; a
+household replaces some of them with its own words (see `lowtide.demo.household`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from random import Random
 from typing import NamedTuple
 
@@ -27,110 +28,116 @@ Sampler = Callable[[Random], Slot]
 Lexicon = Mapping[str, Sampler]
 
 _NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven")
+_MINUTES = (0, 0, 0, 0, 0, 0, 15, 15, 30, 30, 30, 45, 45, 5, 10, 20, 40, 50)
 _DAY_PARTS = (("in the morning", range(5, 12)), ("in the evening", range(17, 22)))
 
 
-def _person(rng: Random) -> str:
-    return rng.choice(words.PEOPLE) if rng.random() < 0.5 else words.pseudo_word(rng)
+@dataclass(frozen=True)
+class Names:
+    """Samplers of names; a share `new` of the names is made up and was never seen before."""
 
+    new: float
 
-def _nickname(rng: Random) -> str:
-    noun = rng.choice(words.NOUNS)
-    return f"{rng.choice(words.ADJECTIVES)} {noun}" if rng.random() < 0.3 else noun
+    def one_of(self, options: Sequence[str], rng: Random) -> str:
+        """One of `options`, or a made-up word."""
+        return words.pseudo_word(rng) if rng.random() < self.new else rng.choice(options)
 
+    def person(self, rng: Random) -> str:
+        """A first name, or `mum` and the like."""
+        return self.one_of(words.PEOPLE, rng)
 
-def _room_name(rng: Random) -> str:
-    """A room without its article; only about a third are names of ordinary rooms."""
-    kind = rng.random()
-    if kind < 0.35:
-        return rng.choice(words.ROOMS)
-    if kind < 0.45:
-        return f"{rng.choice(words.ADJECTIVES)} {rng.choice(words.ROOMS)}"
-    if kind < 0.60:
-        return _nickname(rng)
-    if kind < 0.70:
-        return words.possessive(_person(rng)) + rng.choice((" room", " bedroom", " office", ""))
-    if kind < 0.75:
-        return f"{words.pseudo_word(rng)} {rng.choice(('room', 'corner', 'hall', 'suite'))}"
-    return words.pseudo_word(rng)
+    def room(self, rng: Random) -> Slot:
+        """A room: an ordinary one, one with an adjective, a nickname, or somebody's."""
+        kind = rng.random()
+        if kind < 0.50:
+            name = self.one_of(words.ROOMS, rng)
+        elif kind < 0.65:
+            name = f"{rng.choice(words.ADJECTIVES)} {self.one_of(words.ROOMS, rng)}"
+        elif kind < 0.85:
+            name = self.nickname(rng)
+        elif kind < 0.95:
+            suffix = rng.choice((" room", " bedroom", " office", ""))
+            name = f"{self.person(rng)}'s{suffix}"
+        else:
+            suffix = rng.choice(("room", "corner", "hall", "suite"))
+            name = f"{self.one_of(words.NOUNS, rng)} {suffix}"
+        bare = "'s" in name or rng.random() < 0.1
+        return Slot(name if bare else f"the {name}", {"room": name})
 
+    def nickname(self, rng: Random) -> str:
+        """A noun that is no room and no device, sometimes with an adjective."""
+        noun = self.one_of(words.NOUNS, rng)
+        return f"{rng.choice(words.ADJECTIVES)} {noun}" if rng.random() < 0.3 else noun
 
-def _room(rng: Random) -> Slot:
-    name = _room_name(rng)
-    bare = "'s" in name or rng.random() < 0.1
-    return Slot(name if bare else f"the {name}", {"room": name})
+    def device(self, rng: Random) -> Slot:
+        """An appliance, or the nickname of one."""
+        ordinary = rng.random() < 0.7
+        name = self.one_of(words.DEVICES, rng) if ordinary else self.nickname(rng)
+        bare = not ordinary and rng.random() < 0.3
+        return Slot(name if bare else f"the {name}", {"device": name})
 
+    def door(self, rng: Random) -> Slot:
+        """A door or a gate."""
+        name = rng.choice(words.DOORS)
+        if rng.random() < 0.3:
+            name = f"{self.one_of(words.NOUNS, rng)} {rng.choice(('door', 'gate'))}"
+        return Slot(f"the {name}", {"door": name})
 
-def _device(rng: Random) -> Slot:
-    kind = rng.random()
-    if kind < 0.5:
-        name = rng.choice(words.DEVICES)
-    elif kind < 0.7:
-        name = _nickname(rng)
-    else:
-        name = words.pseudo_word(rng)
-    bare = kind > 0.6 and rng.random() < 0.3
-    return Slot(name if bare else f"the {name}", {"device": name})
+    def item(self, rng: Random) -> Slot:
+        """Something for a list, sometimes with a brand."""
+        name = self.one_of(words.ITEMS, rng)
+        if rng.random() < self.new / 2:
+            name = f"{words.pseudo_word(rng)} {rng.choice(words.ITEMS)}"
+        return Slot(name, {"item": name})
 
+    def several(self, rng: Random) -> Slot:
+        """A number of packets of something, the number in digits or as a word."""
+        count = rng.randrange(2, 13)
+        name = self.one_of(words.ITEMS, rng)
+        as_word = count <= len(_NUMBERS) and rng.random() < 0.4
+        unit = rng.choice(("packs of", "bags of", "boxes of", "bottles of", "jars of"))
+        said = _NUMBERS[count - 1] if as_word else str(count)
+        return Slot(f"{said} {unit} {name}", {"item": name, "count": count})
 
-def _mostly(options: Sequence[str], rng: Random, new: float = 0.3) -> str:
-    """One of `options`, or with probability `new` a made-up or unexpected word."""
-    if rng.random() >= new:
-        return rng.choice(options)
-    return words.pseudo_word(rng) if rng.random() < 0.7 else rng.choice(words.NOUNS)
+    def to(self, rng: Random) -> Slot:
+        """Whom to call or to tell."""
+        name = self.person(rng)
+        return Slot(name, {"to": name})
 
+    def named(self, key: str, options: Sequence[str]) -> Sampler:
+        """A sampler of names that go into the call under `key`."""
 
-def named(key: str, options: Sequence[str], new: float = 0.3) -> Sampler:
-    """A name that goes into the call under `key`; with probability `new` not one of `options`."""
+        def sample(rng: Random) -> Slot:
+            name = self.one_of(options, rng)
+            return Slot(name, {key: name})
 
-    def sample(rng: Random) -> Slot:
-        name = _mostly(options, rng, new)
-        return Slot(name, {key: name})
+        return sample
 
-    return sample
+    def filled(self, options: Sequence[str]) -> Sampler:
+        """A sampler of text that goes into the call word for word, with names of its own."""
 
+        def sample(rng: Random) -> Slot:
+            text = rng.choice(options).format(
+                person=self.person(rng),
+                item=self.one_of(words.ITEMS, rng),
+                zone=rng.choice(words.ZONES),
+                noun=self.one_of(words.NOUNS, rng),
+                device=rng.choice(words.DEVICES),
+            )
+            return Slot(text, {"text": text})
 
-def _door(rng: Random) -> Slot:
-    name = rng.choice(words.DOORS)
-    if rng.random() < 0.3:
-        name = f"{_mostly(words.NOUNS, rng, 0.6)} {rng.choice(('door', 'gate'))}"
-    return Slot(f"the {name}", {"door": name})
+        return sample
 
+    def speech(self, longest: int) -> Sampler:
+        """A sampler of words without sense, to be repeated exactly: pure copying."""
+        pools = (words.NOUNS, words.ADJECTIVES, words.ROOMS, words.PEOPLE, words.ITEMS)
 
-def _item(rng: Random) -> Slot:
-    name = _mostly(words.ITEMS, rng)
-    if rng.random() < 0.2:
-        name = f"{words.pseudo_word(rng)} {rng.choice(words.ITEMS)}"
-    return Slot(name, {"item": name})
+        def sample(rng: Random) -> Slot:
+            count = rng.randrange(2, longest + 1)
+            text = " ".join(self.one_of(rng.choice(pools), rng) for _ in range(count))
+            return Slot(text, {"text": text})
 
-
-def _several(rng: Random) -> Slot:
-    count = rng.randrange(2, 13)
-    name = _mostly(words.ITEMS, rng)
-    spoken = _NUMBERS[count - 1] if count <= len(_NUMBERS) and rng.random() < 0.4 else str(count)
-    unit = rng.choice(("packs of", "bags of", "boxes of", "bottles of", "jars of"))
-    return Slot(f"{spoken} {unit} {name}", {"item": name, "count": count})
-
-
-def _to(rng: Random) -> Slot:
-    name = _person(rng)
-    return Slot(name, {"to": name})
-
-
-def filled(options: Sequence[str], new: float = 0.3) -> Sampler:
-    """Free text that goes into the call word for word, with names of its own inside."""
-
-    def sample(rng: Random) -> Slot:
-        text = rng.choice(options).format(
-            person=_person(rng) if new else rng.choice(words.PEOPLE),
-            item=_mostly(words.ITEMS, rng, new),
-            zone=rng.choice(words.ZONES),
-            noun=_mostly(words.NOUNS, rng, new),
-            device=rng.choice(words.DEVICES),
-        )
-        return Slot(text, {"text": text})
-
-    return sample
+        return sample
 
 
 def _state(rng: Random) -> Slot:
@@ -172,7 +179,7 @@ def _duration(rng: Random) -> Slot:
 
 def _clock(rng: Random) -> Slot:
     """A time of day as people say it, and as `HH:MM`."""
-    hour, minute = rng.randrange(5, 24), rng.choice((0, 0, 0, 15, 30, 45, rng.randrange(0, 60, 5)))
+    hour, minute = rng.randrange(5, 24), rng.choice(_MINUTES)
     twelve = (hour + 11) % 12 + 1
     kind = rng.random()
     if kind < 0.06:
@@ -225,29 +232,43 @@ def when(rng: Random, lexicon: Lexicon) -> Slot:
     return Slot(text, {**clock.fields, **day.fields})
 
 
-GENERIC: Lexicon = {
-    "room": _room,
-    "device": _device,
-    "door": _door,
-    "item": _item,
-    "several": _several,
-    "list": named("list", words.LISTS),
-    "to": _to,
-    "message": filled(words.MESSAGES),
-    "task": filled(words.TASKS),
-    "music": named("what", words.MUSIC, 0.4),
-    "tune": named("music", words.MUSIC, 0.4),
-    "show": named("what", words.SHOWS),
-    "place": named("place", words.PLACES, 0.5),
-    "zone": named("zone", words.ZONES),
-    "timer": named("name", words.TIMER_NAMES),
-    "color": named("color", words.COLORS, 0.0),
-    "onoff": _state,
-    "level": _level,
-    "temp": _temp,
-    "oven": _oven_temp,
-    "duration": _duration,
-    "clock": _clock,
-    "day": _day,
-    "days": _days,
-}
+def lexicon(new: float, longest_speech: int = 4) -> dict[str, Sampler]:
+    """A sampler per slot name; a share `new` of the names is made up."""
+    names = Names(new)
+    return {
+        "room": names.room,
+        "device": names.device,
+        "door": names.door,
+        "item": names.item,
+        "several": names.several,
+        "list": names.named("list", words.LISTS),
+        "to": names.to,
+        "message": names.filled(words.MESSAGES),
+        "task": names.filled(words.TASKS),
+        "speech": names.speech(longest_speech),
+        "music": names.named("what", words.MUSIC),
+        "tune": names.named("music", words.MUSIC),
+        "show": names.named("what", words.SHOWS),
+        "place": names.named("place", words.PLACES),
+        "zone": names.named("zone", words.ZONES),
+        "timer": names.named("name", words.TIMER_NAMES),
+        "color": Names(0.0).named("color", words.COLORS),
+        "onoff": _state,
+        "level": _level,
+        "temp": _temp,
+        "oven": _oven_temp,
+        "duration": _duration,
+        "clock": _clock,
+        "day": _day,
+        "days": _days,
+    }
+
+
+ORDINARY: Lexicon = lexicon(0.0)
+"""Names that a person would use: ordinary ones, and nouns and adjectives as nicknames."""
+
+GENERIC: Lexicon = lexicon(0.3)
+"""The same with three names in ten made up; what the base model is trained on."""
+
+DRILL: Lexicon = lexicon(0.5, longest_speech=7)
+"""For the copying exercises at the beginning of pretraining."""

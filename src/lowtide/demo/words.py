@@ -118,29 +118,21 @@ TIMER_NAMES = _split("""
 pasta, pizza, egg, tea, bread, rice, laundry, nap, workout, cake, oven, cookies, chicken, break
 """)
 
-_ONSETS = _split("""
-b, bl, br, c, ch, cl, cr, d, dr, f, fl, fr, g, gl, gr, h, j, k, kl, kr, l, m, n, p, pl, pr, qu, r,
-s, sh, sk, sl, sm, sn, sp, st, str, t, th, tr, v, w, y, z
-""")
-_VOWELS = _split("a, e, i, o, u, a, e, i, o, u, ai, ea, ee, oo, ou, y, oa")
-_CODAS = _split(
-    "b, ck, d, f, g, l, ll, m, n, nd, ng, nk, p, r, rk, rt, s, sh, st, t, x, zz, th, rn"
-)
-_ENDINGS = _split("o, a, y, ie, er, le, us, is, ington, ville, ster, kin, bert, la, mo, ra, ly")
+_ONSETS = _split("b, d, f, g, h, j, k, l, m, n, p, r, s, t, v, w, z, bl, st, tr, kr, gr, sh, fl")
+_VOWELS = _split("a, e, i, o, u")
+_CODAS = _split("n, r, l, m, s, t, x, nd, sh")
+_RARE_ONSETS = _split("c, ch, cl, cr, dr, gl, pl, pr, qu, sk, sl, sm, sn, sp, str, th, y, br")
+_RARE_VOWELS = _split("ai, ea, ee, oo, ou, y, oa")
+_RARE_CODAS = _split("b, ck, d, f, g, ll, ng, nk, p, rk, rt, st, zz, th, rn, ster, ville, kin, ly")
 
 
 def pseudo_word(rng: Random) -> str:
     """A pronounceable word of one to three syllables that nobody has seen before."""
+    rare = 0.5 if rng.random() < 0.2 else 0.0
     parts = []
-    for _ in range(rng.choice((1, 1, 2, 2, 2, 3))):
-        parts += [rng.choice(_ONSETS), rng.choice(_VOWELS)]
-        if rng.random() < 0.4:
-            parts.append(rng.choice(_CODAS))
-    if rng.random() < 0.4:
-        parts.append(rng.choice(_CODAS) + rng.choice(_ENDINGS))
+    for _ in range(rng.choice((1, 2, 2, 2, 2, 3))):
+        parts.append(rng.choice(_RARE_ONSETS if rng.random() < rare else _ONSETS))
+        parts.append(rng.choice(_RARE_VOWELS if rng.random() < rare else _VOWELS))
+        if rng.random() < 0.3:
+            parts.append(rng.choice(_RARE_CODAS if rng.random() < rare else _CODAS))
     return "".join(parts)
-
-
-def possessive(name: str) -> str:
-    """`theo` -> `theo's`."""
-    return f"{name}'s"

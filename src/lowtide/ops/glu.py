@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from .frozen import spans
-from .lora_linear import Emit, Linear, Lora, add_lora_input_gradient_, dropped
+from .lora_linear import (
+    Emit,
+    Linear,
+    Lora,
+    add_lora_input_gradient_,
+    dropped,
+    to_rank,
+    zeros_of_rank,
+)
 
 
 class Glu(NamedTuple):
@@ -37,7 +45,7 @@ class GluBuffers(NamedTuple):
 
 def _input_h(n: Tensor, lora: Lora | None) -> Tensor | None:
     """`h = D(n) A^T (T, r)` of an adapted gate or up projection."""
-    return None if lora is None else dropped(n, lora) @ lora.a.t()
+    return None if lora is None else to_rank(dropped(n, lora), lora.a.t())
 
 
 def _columns(
@@ -66,7 +74,7 @@ def glu_forward(n: Tensor, mlp: Glu, out: Tensor, buffers: GluBuffers) -> None:
     tokens = n.shape[0]
     down = mlp.down.lora
     h_gate, h_up = _input_h(n, mlp.gate.lora), _input_h(n, mlp.up.lora)
-    h_down = None if down is None else n.new_zeros(tokens, down.a.shape[0])
+    h_down = None if down is None else zeros_of_rank(tokens, n, down.a.shape[0])
     for start, stop in spans(mlp.gate.weight.shape[0], buffers.width):
         shape = (tokens, stop - start)
         gate, up = (b[: shape[0] * shape[1]].view(shape) for b in buffers.activations[:2])
@@ -83,7 +91,7 @@ def glu_forward(n: Tensor, mlp: Glu, out: Tensor, buffers: GluBuffers) -> None:
 
 
 class _Branch:
-    """Gradients of gate or up, summed over the tiles."""
+    """Gradients of gate or up, summed over the tiles; dB is kept transposed, `(r, I)`."""
 
     def __init__(self, n: Tensor, linear: Linear) -> None:
         self.linear = linear
@@ -91,14 +99,14 @@ class _Branch:
         self.dh = self.db = None
         if linear.lora is not None and self.h is not None:
             self.dh = torch.zeros_like(self.h)
-            self.db = torch.empty_like(linear.lora.b)
+            self.db = torch.empty_like(linear.lora.b.t(), memory_format=torch.contiguous_format)
 
     def tile(self, dy: Tensor, start: int, stop: int) -> None:
         """Take this tile's output gradient `dy (T, stop - start)` into dB and dh."""
         lora = self.linear.lora
         if lora is None or self.dh is None or self.db is None or self.h is None:
             return
-        torch.mm(dy.t(), self.h, out=self.db[start:stop]).mul_(lora.scale)
+        torch.mm(self.h.t(), dy, out=self.db[:, start:stop]).mul_(lora.scale)
         self.dh.addmm_(dy, lora.b[start:stop], alpha=lora.scale)
 
     def finish(self, n: Tensor, dn: Tensor, emit: Emit) -> None:
@@ -108,7 +116,7 @@ class _Branch:
             return
         da = self.dh.t() @ dropped(n, lora)
         add_lora_input_gradient_(dn, self.dh, lora)
-        emit(da, self.db)
+        emit(da, self.db.t().contiguous())
 
 
 class _Down:
@@ -117,7 +125,7 @@ class _Down:
     def __init__(self, dy: Tensor, lora: Lora | None) -> None:
         self.lora = lora
         if lora is not None:
-            self.dh = (dy @ lora.b).mul_(lora.scale)
+            self.dh = to_rank(dy, lora.b).mul_(lora.scale)
             self.h = torch.zeros_like(self.dh)
             self.da = torch.empty_like(lora.a)
 
@@ -136,7 +144,7 @@ class _Down:
     def finish(self, dy: Tensor, emit: Emit) -> None:
         """Form dB and emit."""
         if self.lora is not None:
-            emit(self.da, (dy.t() @ self.h).mul_(self.lora.scale))
+            emit(self.da, to_rank(dy.t(), self.h).contiguous().mul_(self.lora.scale))
 
 
 def glu_backward(

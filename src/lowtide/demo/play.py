@@ -93,7 +93,7 @@ def bench_arguments(method: str) -> list[str]:
         f"--seq-len={_MAX_SEQ_LENGTH}",
         f"--batch-size={FINE_TUNING.batch_size}",
         "--optimizer=adamw",
-        "--steps=4",
+        "--steps=2",
     ]
 
 

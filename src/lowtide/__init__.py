@@ -2,10 +2,11 @@
 
 import os
 
-# Read by the OpenMP runtime when torch loads it. Waiting threads that spin would burn CPU time that
-# other programs on the machine could use, and beside another busy process they slow a step down
-# several times.
+# Read by the OpenMP runtime when torch loads it. A step is some 10,000 short parallel regions:
+# threads that spin for long between them slow everything several times beside another busy
+# process, threads that sleep at once pay a wake-up each time. So: spin briefly, then sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 from lowtide.infer.generate import generate, logits
 from lowtide.memory.measure import mark_import

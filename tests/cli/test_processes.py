@@ -145,3 +145,14 @@ def test_text_that_the_terminal_cannot_show_is_escaped(model: Path, tmp_path: Pa
         assert main(["info", str(other)]) == 0
     terminal.seek(0)
     assert "\\u043c\\u043e" in terminal.read()
+
+
+def test_ctrl_c_while_torch_is_being_imported(model: Path) -> None:
+    process = start("info", "--model", model)
+    mapped = Path(f"/proc/{process.pid}/maps")
+    while "libtorch_cpu" not in mapped.read_text():  # its loading alone takes half a second
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == "lowtide: interrupted.\n"

@@ -16,6 +16,7 @@ from lowtide.demo.play import Scored, bench_arguments, run_command, score, train
 from lowtide.demo.requests import Example, exact_match
 from lowtide.model.adapter import Adapter
 from lowtide.model.decoder import load_model
+from lowtide.model.threads import set_threads
 from lowtide.train.run_dir import check_output
 
 from .output import Output, duration, megabytes, settings_of
@@ -49,6 +50,7 @@ def run(argv: Sequence[str]) -> int:
         f"requests into JSON calls.\nIt has never heard of this household's own words. Asking it "
         f"{len(split.test)} held-out requests ..."
     )
+    set_threads(model.spec, None)
     before = score(model, None, tokenizer, split.test)
     output.say(f"exact answers before: {before.accuracy:.0%}\n")
     data = write_data(directory / "data", split)

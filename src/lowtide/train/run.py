@@ -11,8 +11,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
-import torch
-
 from lowtide.config import build
 from lowtide.data.cache import TokenDataset
 from lowtide.data.formats import FeatureNames
@@ -22,6 +20,7 @@ from lowtide.infer.evaluate import Evaluation
 from lowtide.methods import get_method
 from lowtide.model.adapter import Adapter
 from lowtide.model.decoder import Decoder, load_model
+from lowtide.model.threads import set_threads
 
 from .loop import Observer, StepReport, Trainer, TrainResult
 from .run_dir import RunDir, check_output, check_space, made_directory
@@ -127,9 +126,9 @@ def check_supported(settings: TrainSettings) -> None:
 
 def open_model(settings: ModelSettings) -> Decoder:
     """The model of the settings, with the number of threads applied."""
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    return load_model(settings.model, settings.compute_dtype)
+    model = load_model(settings.model, settings.compute_dtype)
+    set_threads(model.spec, settings.threads)
+    return model
 
 
 def check_length(model: Decoder, max_seq_length: int) -> None:

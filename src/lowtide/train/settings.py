@@ -26,7 +26,10 @@ class ModelSettings:
         choices=tuple(COMPUTE_DTYPES),
     )
     threads: int | None = setting(
-        None, help="CPU threads; none uses torch's choice", minimum=1, maximum=1024
+        None,
+        help="CPU threads; none takes one for tiny models, else the cores",
+        minimum=1,
+        maximum=1024,
     )
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import statistics
 import time
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
 
 from lowtide.config import setting
 from lowtide.memory.measure import MemoryMeter
-from lowtide.methods import METHODS, get_method
+from lowtide.methods import METHODS, MethodOptions, check_options, get_method
+from lowtide.methods.options import OPTIONS_OF
 from lowtide.model.adapter import Adapter
 from lowtide.model.batch import Batch
 from lowtide.model.decoder import Decoder
@@ -20,11 +22,52 @@ from lowtide.train.loop import StepReport, Trainer, measured_update
 from lowtide.train.run import check_length, open_model
 from lowtide.train.settings import LoraSettings, ModelSettings, OptimizerSettings, TrainSettings
 
+from .shapes import SHAPES, ShapeSettings, cache_directory, shape_directory, shape_of
+
 _RATE_SECONDS = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchStepSettings(ModelSettings, LoraSettings, OptimizerSettings):
+class ShapeModelSettings(ShapeSettings, ModelSettings):
+    """Which model or shape, and how it computes."""
+
+    model: str = setting(
+        help=f"model directory, hub id, or a shape with random weights: {', '.join(SHAPES)}",
+        filled=True,
+    )
+
+
+M = TypeVar("M", bound=ShapeModelSettings)
+
+
+def nothing_said(text: str) -> None:
+    """What is told of progress by default: nobody."""
+
+
+def located(settings: M, say: Callable[[str], None] = nothing_said) -> M:
+    """The settings with the path of its model where they name a shape.
+
+    Args:
+        settings: of a command that takes a shape for a model.
+        say: told the size before a shape's weights are written.
+
+    Returns:
+        Settings that `open_model` can use.
+
+    Raises:
+        ModelError: there is no such shape or model, or its family is not supported.
+        OutputError: the disk is too full for the shape's weights.
+    """
+    shape = shape_of(settings.model)
+    if shape is None:
+        return settings
+    return replace(
+        settings, model=str(shape_directory(shape, cache_directory(settings.cache_dir), say))
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchStepSettings(MethodOptions, OptimizerSettings, LoraSettings, ShapeModelSettings):
     """Settings of `lowtide bench step`."""
 
     method: str = setting("mesp", help="how gradients are computed", choices=tuple(METHODS))
@@ -35,23 +78,31 @@ class BenchStepSettings(ModelSettings, LoraSettings, OptimizerSettings):
     optimizer: str = setting("sgd", help="optimiser", choices=("sgd", "adamw"))
 
 
-def bench_step(settings: BenchStepSettings) -> dict[str, Any]:
+def bench_step(
+    settings: BenchStepSettings, say: Callable[[str], None] = nothing_said
+) -> dict[str, Any]:
     """Measure training steps on random token ids.
 
     Args:
         settings: model, method, sizes.
+        say: told of what takes long before the first step.
 
     Returns:
         `method`, `seq_len`, `steps` (one object per measured step), `warmup_step`, and the median
         step's figures at the top level; bytes are `*_bytes`, times `*_s`.
 
     Raises:
+        ConfigError: an option does not belong to the method.
+        ModelError: there is no such shape or model, or it is not supported.
         DataError: the sequence is longer than the model's positions.
     """
-    model = open_model(settings)
+    check_options(settings.method, settings)
+    at = located(settings, say)
+    model = open_model(at)
     check_length(model, settings.seq_len)
     adapter = Adapter.create(model, settings.lora_config(), settings.seed)
-    trainer = Trainer(model, adapter, get_method(settings.method), _train_settings(settings))
+    method = get_method(settings.method, settings)
+    trainer = Trainer(model, adapter, method, _train_settings(at))
     tokens = settings.batch_size * settings.seq_len
     trainer.method.reserve(model, tokens, settings.seq_len)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -69,6 +120,7 @@ def bench_step(settings: BenchStepSettings) -> dict[str, Any]:
     median = _median(measured)
     return {
         "method": settings.method,
+        **{name: getattr(settings, name) for name in OPTIONS_OF[settings.method]},
         "model": settings.model,
         "seq_len": settings.seq_len,
         "batch_size": settings.batch_size,

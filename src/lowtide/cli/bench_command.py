@@ -28,7 +28,7 @@ def run(argv: Sequence[str]) -> int:
         "reported apart; figures are the median of the others.",
         argv[1:],
     )
-    result = bench_step(settings)
+    result = bench_step(settings, output.say)
     output.say(
         f"{result['method']}  T={result['seq_len']}  batch {result['batch_size']}  "
         f"{result['optimizer']}  r={result['lora_r']}  {result['threads']} threads"

@@ -7,8 +7,9 @@ storage; the adapter is one storage, and a second copy of it would be the peak o
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -34,28 +35,45 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         OutputError: the disk is full or the directory cannot be written; nothing is left behind.
     """
+    header = safetensors_header({name: (t.dtype, t.shape) for name, t in tensors.items()})
+    write_atomically(path, [header, *(tensor_bytes(t) for t in tensors.values())])
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor as they lie in a safetensors file; a contiguous one is not copied."""
+    return memoryview(tensor.detach().contiguous().view(torch.uint8).numpy().data)
+
+
+def safetensors_header(entries: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> bytes:
+    """What a safetensors file starts with: its length and the JSON of names, types and offsets.
+
+    Args:
+        entries: dtype and shape by name, in the order in which the tensors' bytes follow.
+
+    Returns:
+        The first bytes of the file; the tensors' bytes come right after them.
+    """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
+    for name, (dtype, shape) in entries.items():
+        size = math.prod(shape) * dtype.itemsize
         header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
-            "shape": list(tensor.shape),
+            "dtype": _DTYPES[dtype],
+            "shape": list(shape),
             "data_offsets": [start, start + size],
         }
         start += size
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    parts = [t.detach().contiguous().view(torch.uint8).numpy().data for t in tensors.values()]
-    write_atomically(path, [len(text).to_bytes(8, "little"), text, *parts])
+    return len(text).to_bytes(8, "little") + text
 
 
-def write_atomically(path: Path, parts: list[bytes | memoryview]) -> None:
+def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """Write `parts` to a temporary file, fsync, rename over `path`, fsync the directory.
 
     Args:
         path: the file.
-        parts: its content, in order.
+        parts: its content, in order; made one by one as it is written where this is a generator.
 
     Raises:
         OutputError: the disk is full or the directory cannot be written; nothing is left behind.

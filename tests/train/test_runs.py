@@ -32,13 +32,14 @@ def test_the_same_seed_gives_the_same_bytes(
     assert configs[0] == configs[1]
 
 
-def test_mesp_and_autograd_runs_agree(model: Path, data: Path, tmp_path: Path) -> None:
+def test_runs_of_exact_methods_agree(model: Path, data: Path, tmp_path: Path) -> None:
     losses = []
-    for method in ("mesp", "autograd"):
+    for method in ("mesp", "mebp", "autograd"):
         train(model, data, tmp_path / method, method=method, iters=8, compute_dtype="float64")
         lines = (tmp_path / method / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in lines])
     assert losses[0] == pytest.approx(losses[1], rel=1e-8)
+    assert losses[0] == pytest.approx(losses[2], rel=1e-8)
     assert losses[0][-1] != losses[0][0]
 
 

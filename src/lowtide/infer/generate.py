@@ -174,7 +174,9 @@ def logits(model: Decoder, adapter: Adapter | None, ids: Sequence[int]) -> Tenso
         raise DataError("ids must be at least one token id, none negative.")
     model.check_sequences([len(tokens)], max(tokens))
     ws = workspace_for(model, len(tokens), len(tokens))
-    inputs = torch.empty(2, len(tokens), model.spec.hidden_size, dtype=model.compute_dtype)
+    rows = torch.empty(2, len(tokens), model.spec.hidden_size, dtype=model.compute_dtype)
+    inputs = [rows[layer % 2] for layer in range(model.spec.num_layers + 1)]
     embed(model, torch.tensor(tokens), inputs[0])
-    x = blocks_forward(model, adapter, inputs, model.positions([len(tokens)]), ws)
+    blocks = (model.block(layer, adapter, None) for layer in range(model.spec.num_layers))
+    x = blocks_forward(blocks, inputs, model.positions([len(tokens)]), ws)
     return head_logits(model, x, ws)

@@ -18,30 +18,53 @@ from lowtide.model.decoder import Decoder
 
 from .autograd import Autograd
 from .base import GradSink, Method, Step
+from .lcsb import Lcsb
+from .mebp import Mebp
 from .mesp import Mesp
+from .mezo import Mezo
+from .options import MethodOptions, check_options
 
-__all__ = ["METHODS", "GradSink", "Gradients", "Method", "Step", "get_method", "gradients"]
+__all__ = [
+    "METHODS",
+    "GradSink",
+    "Gradients",
+    "Method",
+    "MethodOptions",
+    "Step",
+    "check_options",
+    "get_method",
+    "gradients",
+]
 
-METHODS: dict[str, Callable[[], Method]] = {"mesp": Mesp, "autograd": Autograd}
+METHODS: dict[str, Callable[[MethodOptions], Method]] = {
+    "mesp": Mesp,
+    "mebp": Mebp,
+    "mezo": Mezo,
+    "lcsb": Lcsb,
+    "autograd": Autograd,
+}
 
 
-def get_method(name: str) -> Method:
+def get_method(name: str, options: MethodOptions | None = None) -> Method:
     """A fresh instance of the method of that name.
 
     Args:
         name: a key of METHODS.
+        options: the method's own, or settings that hold them; the defaults when None.
 
     Returns:
         The method, without buffers yet.
 
     Raises:
-        ConfigError: there is no such method.
+        ConfigError: there is no such method, or an option belongs to another one.
     """
     if name not in METHODS:
         near = get_close_matches(name, METHODS, 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"unknown method {name!r}; choose {', '.join(METHODS)}.{hint}")
-    return METHODS[name]()
+    options = options or MethodOptions()
+    check_options(name, options)
+    return METHODS[name](options)
 
 
 @dataclass(frozen=True)
@@ -69,6 +92,8 @@ def gradients(
     batch: Batch,
     method: str | Method = "mesp",
     dropout_seed: int | None = None,
+    *,
+    seed: int = 0,
 ) -> Gradients:
     """Gradients of the mean loss per labelled token, for every LoRA parameter.
 
@@ -78,9 +103,11 @@ def gradients(
         batch: sequences and labels.
         method: a name out of METHODS, or an instance (which keeps its buffers).
         dropout_seed: seed of LoRA dropout; None turns it off.
+        seed: of what a method draws at random (mezo's directions).
 
     Returns:
-        Loss in nats, labelled tokens, and gradients shaped like their parameters.
+        Loss in nats, labelled tokens, and gradients shaped like their parameters (of lcsb: those
+        of the blocks that are up).
 
     Raises:
         ConfigError: there is no such method.
@@ -90,8 +117,9 @@ def gradients(
     chosen = get_method(method) if isinstance(method, str) else method
     check_batch(model, batch)
     sink = _Collect()
-    total = chosen.step(model, adapter, batch, sink, Step(1.0 / batch.n_tokens, dropout_seed))
-    grads = {name: sink.grads[name] for name, _ in adapter.items()}
+    step = Step(1.0 / batch.n_tokens, dropout_seed, seed=seed)
+    total = chosen.step(model, adapter, batch, sink, step)
+    grads = {name: sink.grads[name] for name, _ in adapter.items() if name in sink.grads}
     return Gradients(total / batch.n_tokens, batch.n_tokens, grads)
 
 

@@ -10,6 +10,7 @@ from lowtide.model.decoder import Decoder
 from lowtide.model.reference import reference_loss
 
 from .base import GradSink, Step, require_finite
+from .options import MethodOptions
 
 
 class Autograd:
@@ -17,6 +18,9 @@ class Autograd:
 
     name = "autograd"
     exact = True
+
+    def __init__(self, options: MethodOptions | None = None) -> None:
+        """It has no options."""
 
     def reserve(self, model: Decoder, max_tokens: int, max_length: int) -> None:
         """See `Method.reserve`. Autograd allocates as it goes."""

@@ -32,10 +32,14 @@ class Step:
     Attributes:
         scale: the gradient is of `scale * sum of losses`; 1 / labelled tokens of the update.
         dropout_seed: of this micro-batch's LoRA dropout; None for none.
+        number: of the update, from 0.
+        seed: of what a method draws at random in this micro-batch.
     """
 
     scale: float
     dropout_seed: int | None = None
+    number: int = 0
+    seed: int = 0
 
 
 class Method(Protocol):
@@ -53,7 +57,7 @@ class Method(Protocol):
     def step(
         self, model: Decoder, adapter: Adapter, batch: Batch, sink: GradSink, step: Step
     ) -> float:
-        """Send every parameter's gradient to `sink`.
+        """Send every parameter's gradient to `sink`; a method that is not exact may leave some out.
 
         Args:
             model: the frozen model.

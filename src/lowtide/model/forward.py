@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -9,40 +12,30 @@ from lowtide.ops.cross_entropy import cross_entropy
 from lowtide.ops.frozen import matmul_
 from lowtide.ops.rmsnorm import rmsnorm_backward_, rmsnorm_forward
 
-from .adapter import Adapter
 from .batch import Batch
-from .block import Positions, block_forward
+from .block import Block, Positions, block_forward
 from .decoder import Decoder
 from .workspace import Workspace
 
 
 def blocks_forward(
-    model: Decoder,
-    adapter: Adapter | None,
-    inputs: Tensor,
-    at: Positions,
-    ws: Workspace,
-    dropout_seed: int | None = None,
+    blocks: Iterable[Block], inputs: Sequence[Tensor], at: Positions, ws: Workspace
 ) -> Tensor:
-    """Run every block from `inputs[0]`.
+    """Run every block from `inputs[0]`, which holds the embeddings.
 
     Args:
-        model: the frozen model.
-        adapter: LoRA matrices, or None.
-        inputs: `(num_layers + 1, T, H)` keeps every block's input, `(2, T, H)` keeps none: the
-            two rows are used in turn. Row 0 holds the embeddings.
+        blocks: the model's, in order, with their adapters.
+        inputs: one `(T, H)` per block and one more for the last one's output. Tensors may repeat
+            where an input need not be kept, but neighbours must not overlap.
         at: segments and rotary tables.
         ws: buffers.
-        dropout_seed: of LoRA dropout, or None for none.
 
     Returns:
-        The last block's output, a row of `inputs`.
+        The last block's output, the last of `inputs`.
     """
-    rows = inputs.shape[0]
-    for layer in range(model.spec.num_layers):
-        block = model.block(layer, adapter, dropout_seed)
-        block_forward(inputs[layer % rows], block, at, ws, out=inputs[(layer + 1) % rows])
-    return inputs[model.spec.num_layers % rows]
+    for block, (x, out) in zip(blocks, pairwise(inputs), strict=True):
+        block_forward(x, block, at, ws, out=out)
+    return inputs[-1]
 
 
 def loss_forward(model: Decoder, x: Tensor, batch: Batch, ws: Workspace) -> Tensor:

@@ -22,6 +22,7 @@ from .lora_linear import (
     Lora,
     add_lora_input_gradient_,
     dropped,
+    lora_h,
     to_rank,
     zeros_of_rank,
 )
@@ -45,7 +46,14 @@ class GluBuffers(NamedTuple):
 
 def _input_h(n: Tensor, lora: Lora | None) -> Tensor | None:
     """`h = D(n) A^T (T, r)` of an adapted gate or up projection."""
-    return None if lora is None else to_rank(dropped(n, lora), lora.a.t())
+    return None if lora is None else lora_h(n, lora)
+
+
+def _down_h(like: Tensor, lora: Lora) -> Tensor:
+    """Zeros for `h_down (T, r)`, where it is kept if it is."""
+    if lora.h is None:
+        return zeros_of_rank(like.shape[0], like, lora.a.shape[0])
+    return lora.h.zero_().t()
 
 
 def _columns(
@@ -74,7 +82,7 @@ def glu_forward(n: Tensor, mlp: Glu, out: Tensor, buffers: GluBuffers) -> None:
     tokens = n.shape[0]
     down = mlp.down.lora
     h_gate, h_up = _input_h(n, mlp.gate.lora), _input_h(n, mlp.up.lora)
-    h_down = None if down is None else zeros_of_rank(tokens, n, down.a.shape[0])
+    h_down = None if down is None else _down_h(n, down)
     for start, stop in spans(mlp.gate.weight.shape[0], buffers.width):
         shape = (tokens, stop - start)
         gate, up = (b[: shape[0] * shape[1]].view(shape) for b in buffers.activations[:2])
@@ -126,7 +134,7 @@ class _Down:
         self.lora = lora
         if lora is not None:
             self.dh = to_rank(dy, lora.b).mul_(lora.scale)
-            self.h = torch.zeros_like(self.dh)
+            self.h = lora.h.t() if lora.h is not None else torch.zeros_like(self.dh)
             self.da = torch.empty_like(lora.a)
 
     def input_gradient(self, dact: Tensor, start: int) -> None:
@@ -138,7 +146,8 @@ class _Down:
         """Take the tile's activation `act (T, stop - start)` into h and dA."""
         if self.lora is not None:
             act_dropped = dropped(act, self.lora, start)
-            self.h.addmm_(act_dropped, self.lora.a[:, start:stop].t())
+            if self.lora.h is None:
+                self.h.addmm_(act_dropped, self.lora.a[:, start:stop].t())
             torch.mm(self.dh.t(), act_dropped, out=self.da[:, start:stop])
 
     def finish(self, dy: Tensor, emit: Emit) -> None:

@@ -5,7 +5,7 @@
 
 `D` is LoRA dropout (identity without it) and `D'` multiplies by the same mask. `h (T, r)` costs
 2 T in r FLOPs to recompute against 2 T in out for the product beside it, so it is formed again in
-the backward, used and freed.
+the backward, used and freed; a `Lora` with `h` keeps it instead, the paper's ablation.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .dropout import dropout_scale
@@ -20,13 +21,19 @@ from .frozen import FrozenMatrix, matmul_, matmul_t_
 
 
 class Lora(NamedTuple):
-    """One adapted linear: `A (r, in)`, `B (out, r)`, the scale and this step's dropout."""
+    """One adapted linear: `A (r, in)`, `B (out, r)`, the scale and this step's dropout.
+
+    With `h`, an `(r, T)` tensor, h is kept instead of recomputed: written while `h_ready` is False,
+    read once it is True.
+    """
 
     a: Tensor
     b: Tensor
     scale: float
     dropout: float = 0.0
     seed: int = 0
+    h: Tensor | None = None
+    h_ready: bool = False
 
 
 class Linear(NamedTuple):
@@ -64,6 +71,15 @@ def to_rank(x: Tensor, a_t: Tensor) -> Tensor:
     return (a_t.t() @ x.t()).t()
 
 
+def lora_h(x: Tensor, lora: Lora) -> Tensor:
+    """`h = D(x) A^T`, `(T, r)`: formed, or read where it was kept."""
+    if lora.h is None:
+        return to_rank(dropped(x, lora), lora.a.t())
+    if not lora.h_ready:
+        torch.mm(lora.a, dropped(x, lora).t(), out=lora.h)
+    return lora.h.t()
+
+
 def zeros_of_rank(tokens: int, like: Tensor, rank: int) -> Tensor:
     """Zeros `(T, r)` laid out as `to_rank` lays its result out."""
     return like.new_zeros(rank, tokens).t()
@@ -99,8 +115,7 @@ def linear_forward(x: Tensor, linear: Linear, out: Tensor, tile: Tensor, beta: f
     if linear.bias is not None:
         out.add_(linear.bias)
     if linear.lora is not None:
-        h = to_rank(dropped(x, linear.lora), linear.lora.a.t())
-        out.addmm_(h, linear.lora.b.t(), alpha=linear.lora.scale)
+        out.addmm_(lora_h(x, linear.lora), linear.lora.b.t(), alpha=linear.lora.scale)
 
 
 def linear_backward(
@@ -122,7 +137,7 @@ def linear_backward(
     if lora is None:
         return
     x_dropped = dropped(x, lora)
-    h = to_rank(x_dropped, lora.a.t())
+    h = to_rank(x_dropped, lora.a.t()) if lora.h is None else lora_h(x, lora)
     db = to_rank(dy.t(), h).contiguous().mul_(lora.scale)
     dh = to_rank(dy, lora.b).mul_(lora.scale)
     da = dh.t() @ x_dropped

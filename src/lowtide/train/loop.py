@@ -121,7 +121,11 @@ class Trainer:
         for number, batch in enumerate(batches):
             seed = (self.settings.seed * 1_000_003 + step) * 1_009 + number
             total += self.method.step(
-                self.model, self.adapter, batch, self._sink, Step(1.0 / n_tokens, seed)
+                self.model,
+                self.adapter,
+                batch,
+                self._sink,
+                Step(1.0 / n_tokens, seed, step - 1, seed),
             )
         return total / n_tokens, self._sink.finish()
 

@@ -17,7 +17,7 @@ from lowtide.data.formats import FeatureNames
 from lowtide.data.prepare import PrepareReport, PrepareRequest, prepare
 from lowtide.errors import ConfigError, DataError
 from lowtide.infer.evaluate import Evaluation
-from lowtide.methods import get_method
+from lowtide.methods import check_options, get_method
 from lowtide.model.adapter import Adapter
 from lowtide.model.decoder import Decoder, load_model
 from lowtide.model.threads import set_threads
@@ -100,7 +100,7 @@ def train(
         train_set = TokenDataset.open(report.splits["train"].path)
         valid = report.splits.get("valid")
         valid_set = None if valid is None else TokenDataset.open(valid.path)
-        trainer = Trainer(model, adapter, get_method(settings.method), settings)
+        trainer = Trainer(model, adapter, get_method(settings.method, settings), settings)
         with closing(RunDir(directory, settings, settings.model)) as run_dir:
             with _finish_update_on_interrupt(trainer, observer):
                 return trainer.run(train_set, valid_set, run_dir, observer)
@@ -120,6 +120,7 @@ def check_supported(settings: TrainSettings) -> None:
             "--resume is not supported yet. Start a new run in another --adapter-path, or replace "
             "this one with --overwrite."
         )
+    check_options(settings.method, settings)
     if settings.valid_data is not None and settings.valid_records:
         raise ConfigError("give --valid-data or --valid-records, not both.")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lowtide.config import setting
-from lowtide.methods import METHODS
+from lowtide.methods import METHODS, MethodOptions
 from lowtide.model.adapter import ALL_LINEAR, LoraConfig
 from lowtide.model.decoder import COMPUTE_DTYPES
 
@@ -94,7 +94,7 @@ class OptimizerSettings:
 
 # Dataclass fields come in reverse order of the bases, which is thus the order of run.yaml.
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings(OptimizerSettings, LoraSettings, DataSettings, ModelSettings):
+class TrainSettings(MethodOptions, OptimizerSettings, LoraSettings, DataSettings, ModelSettings):
     """All settings of `lowtide train`."""
 
     data: str = setting(

@@ -1,0 +1,115 @@
+"""The structured step that mesp and lcsb share: a forward that keeps some block inputs, the loss,
+and the hand-derived backward of the blocks whose input was kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import Tensor
+
+from lowtide.model.adapter import Adapter, parameter_name
+from lowtide.model.batch import Batch
+from lowtide.model.block import Block, block_backward
+from lowtide.model.decoder import Decoder
+from lowtide.model.forward import blocks_forward, embed, loss_backward_, loss_forward
+from lowtide.model.stored_h import StoredH
+
+from .base import GradSink, Step, require_finite
+from .buffers import Buffers
+
+
+def places(rows: Tensor, num_layers: int, kept: Collection[int]) -> list[Tensor]:
+    """Where each block reads its input, and where the last one writes.
+
+    Args:
+        rows: `(2 + number kept, T, H)`: the first two are used in turn by blocks that keep nothing.
+        num_layers: blocks of the model.
+        kept: blocks whose input survives the forward.
+
+    Returns:
+        `num_layers + 1` tensors `(T, H)`; neighbours never overlap.
+    """
+    own = {layer: 2 + number for number, layer in enumerate(sorted(kept))}
+    return [rows[own.get(layer, layer % 2)] for layer in range(num_layers + 1)]
+
+
+def structured_step(
+    model: Decoder,
+    adapter: Adapter,
+    batch: Batch,
+    sink: GradSink,
+    step: Step,
+    *,
+    buffers: Buffers,
+    layers: Collection[int],
+    stored_h: StoredH | None = None,
+) -> float:
+    """Gradients of the adapters in `layers`; the residual path carries the signal past the others.
+
+    Args:
+        model: the frozen model.
+        adapter: LoRA matrices.
+        batch: sequences and labels.
+        sink: takes each gradient as it comes.
+        step: scale and dropout seed.
+        buffers: reused between steps.
+        layers: blocks to go back through; all of them for the exact gradient.
+        stored_h: keeps h of every adapted linear from the forward; None recomputes it.
+
+    Returns:
+        The sum of the labelled positions' losses, in nats.
+
+    Raises:
+        TrainingError: the loss is not finite; no gradient has reached the sink.
+    """
+
+    def block_of(layer: int, *, backward: bool) -> Block:
+        block = model.block(layer, adapter, step.dropout_seed)
+        return block if stored_h is None else stored_h.on(block, layer, ready=backward)
+
+    num_layers = model.spec.num_layers
+    ws, rows = buffers.for_batch(model, batch, 2 + len(layers))
+    inputs = places(rows, num_layers, layers)
+    at = model.positions(batch.lengths)
+    embed(model, batch.ids, inputs[0])
+    forward = (block_of(layer, backward=False) for layer in range(num_layers))
+    x = blocks_forward(forward, inputs, at, ws)
+    total = require_finite(loss_backward_(model, x, batch, ws, scale=step.scale))
+    for layer in sorted(layers, reverse=True):
+
+        def emit(linear: str, da: Tensor, db: Tensor, layer: int = layer) -> None:
+            sink.add(parameter_name(layer, linear, "A"), da)
+            sink.add(parameter_name(layer, linear, "B"), db)
+
+        below = layer > min(layers)
+        block = block_of(layer, backward=True)
+        block_backward(x, inputs[layer], block, at, ws, emit=emit, input_gradient=below)
+    return total
+
+
+def structured_losses(
+    model: Decoder,
+    adapter: Adapter | None,
+    batch: Batch,
+    buffers: Buffers,
+    dropout_seed: int | None = None,
+) -> Tensor:
+    """Losses `(n_tokens,)` of the labelled positions by a forward that keeps nothing.
+
+    Args:
+        model: the frozen model.
+        adapter: LoRA matrices, or None.
+        batch: sequences and labels.
+        buffers: reused between steps.
+        dropout_seed: of LoRA dropout; None for none.
+
+    Returns:
+        Losses in nats.
+    """
+    ws, rows = buffers.for_batch(model, batch, 2)
+    inputs = places(rows, model.spec.num_layers, ())
+    embed(model, batch.ids, inputs[0])
+    blocks = (model.block(i, adapter, dropout_seed) for i in range(model.spec.num_layers))
+    x = blocks_forward(blocks, inputs, model.positions(batch.lengths), ws)
+    return loss_forward(model, x, batch, ws)

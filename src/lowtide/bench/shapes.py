@@ -37,6 +37,8 @@ SHAPES = (
     "qwen3-0.6b",
     "smollm2-135m",
 )
+DEMO_MODEL = "bundled demo model"
+"""What cases call the bundled model, whose path says nothing."""
 _DTYPE = torch.bfloat16
 _SEED = 0
 _STD = 0.02

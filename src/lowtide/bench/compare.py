@@ -132,7 +132,9 @@ def figures(result: CaseResult) -> dict[str, float]:
         Figures by name: bytes, seconds, losses, cosines, as its kind has them.
     """
     one = result.result or {}
-    found = {name: one[name] for name in ("peak_anon_bytes", "wall_s", "cpu_s") if name in one}
+    found: dict[str, Any] = {
+        name: one[name] for name in ("peak_anon_bytes", "wall_s", "cpu_s") if name in one
+    }
     if "peak" in one:
         found["peak_rss_anon_bytes"] = one["peak"]["rss_anon_bytes"]
     if one.get("curve"):

@@ -36,7 +36,10 @@ class PaperSettings(ShapeSettings):
         help="directory for the results; a run goes on where it stopped", filled=True
     )
     models: str = setting(
-        ",".join(MODELS), help=f"which of {', '.join(MODELS)}, separated by commas", listed=True
+        ",".join(MODELS),
+        help=f"which of {', '.join(MODELS)}, separated by commas; sweeps take the smallest, and "
+        "without 0.5b only --only asks for them",
+        listed=True,
     )
     quick: bool = setting(
         False, help=f"five minutes on two cores: {QUICK_SHAPE}, short sequences, one step"
@@ -46,7 +49,7 @@ class PaperSettings(ShapeSettings):
     )
     steps: int | None = setting(
         None,
-        help="measured steps after the one that warms up; none is 3, or 1 of --quick",
+        help="measured steps after the one that warms up; none is 3, or 1 if --quick",
         minimum=1,
     )
 
@@ -114,31 +117,51 @@ def paper_cases(settings: PaperSettings) -> list[Case]:
         ConfigError: a model or a group is unknown.
     """
     plan = plan_of(settings)
-    groups = _chosen("only", settings.only, GROUPS) if settings.only else list(GROUPS)
-    groups = [g for g in groups if g not in _MODULES or find_spec(_MODULES[g]) is not None]
+    groups = [
+        g
+        for g in groups_of(settings, plan)
+        if g not in _MODULES or find_spec(_MODULES[g]) is not None
+    ]
     cases = [case for group in groups for case in _BUILDERS[group](plan)]
-    sizes = {None: 0, **{shape: size for size, shape in enumerate(plan.shapes)}}
-    return sorted(cases, key=lambda case: sizes[case.settings.get("shape")])
+    sizes = {shape: size for size, shape in enumerate(plan.shapes)}
+    return sorted(cases, key=lambda case: sizes.get(case.settings["shape"], 0))
 
 
 def plan_of(settings: PaperSettings) -> Plan:
     """The sizes that the settings ask for."""
-    names = _chosen("models", settings.models, tuple(MODELS))
     if settings.quick:
+        if settings.models != PaperSettings.models:
+            raise ConfigError(f"--quick measures {QUICK_SHAPE}; leave out --models or --quick.")
         return Plan(
-            (QUICK_SHAPE,), 128, (32, 64, 128), (4, 16), "1,4,16", 32, 30, settings.steps or 1
+            shapes=(QUICK_SHAPE,),
+            seq_len=128,
+            lengths=(64, 128),
+            ranks=(4, 16),
+            directions="1,4,16",
+            quality_seq_len=32,
+            iters=30,
+            steps=settings.steps or 1,
         )
-    shapes = tuple(shape for name, shape in MODELS.items() if name in names)
+    names = _chosen("models", settings.models, tuple(MODELS))
     return Plan(
-        shapes,
-        256,
-        (128, 256, 512, 1024),
-        (4, 8, 16, 32),
-        "1,4,16,64",
-        64,
-        180,
-        settings.steps or 3,
+        shapes=tuple(MODELS[name] for name in names),
+        seq_len=256,
+        lengths=(128, 256, 512, 1024),
+        ranks=(4, 8, 16, 32),
+        directions="1,4,16,64",
+        quality_seq_len=64,
+        iters=180,
+        steps=settings.steps or 3,
     )
+
+
+def groups_of(settings: PaperSettings, plan: Plan) -> list[str]:
+    """The groups to measure: those named, else all; without the smallest model no sweeps."""
+    if settings.only is not None:
+        return _chosen("only", settings.only, GROUPS)
+    if plan.small in (QUICK_SHAPE, MODELS["0.5b"]):
+        return list(GROUPS)
+    return ["models", "store_h"]
 
 
 def _chosen(name: str, text: str, known: Sequence[str]) -> list[str]:

@@ -89,6 +89,5 @@ def _tokenizer() -> Any:
     import transformers
 
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0}, unk_token="<pad>"))
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="<pad>"
-    )
+    make: Any = transformers.PreTrainedTokenizerFast  # not typed
+    return make(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>")

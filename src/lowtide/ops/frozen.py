@@ -40,10 +40,12 @@ def spans(total: int, step: int) -> list[tuple[int, int]]:
 
     Products run fastest at such sizes: they are whole vector registers.
     """
-    count = max(1, -(-total // max(1, step)))
+    step = max(1, min(step, total))
+    if _ALIGN < step < total:
+        step -= step % _ALIGN
+    count = -(-total // step)
     size = -(-total // count)
-    aligned = -(-size // _ALIGN) * _ALIGN
-    size = aligned if aligned <= step else size
+    size = min(step, -(-size // _ALIGN) * _ALIGN)
     return [(start, min(start + size, total)) for start in range(0, total, size)]
 
 

@@ -22,6 +22,7 @@ COMMANDS = {
     "train": "fine-tune a LoRA adapter on your data",
     "generate": "continue a prompt",
     "eval": "loss and perplexity on a data set",
+    "check": "our gradients against autograd, on your own model and data",
     "info": "what a model directory holds",
     "bench": "measure memory and speed: bench step",
 }

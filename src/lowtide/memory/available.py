@@ -1,0 +1,61 @@
+"""How much memory this process may still take before somebody is killed for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+_CGROUPS = Path("/sys/fs/cgroup")
+# (limit, usage) of the second and the first version of control groups.
+_FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
+
+
+def available_bytes(proc: Path = Path("/proc"), cgroups: Path = _CGROUPS) -> int:
+    """MemAvailable, or what the process's control group leaves where that is less.
+
+    Args:
+        proc: where the kernel tells of itself.
+        cgroups: where control groups are mounted.
+
+    Returns:
+        Bytes. Half of the machine's memory on systems without /proc.
+    """
+    try:
+        lines = (proc / "meminfo").read_text().splitlines()
+    except OSError:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    found = {name: int(rest.split()[0]) * 1024 for name, rest in (x.split(":", 1) for x in lines)}
+    return min([found["MemAvailable"], *_left_by_groups(proc, cgroups)])
+
+
+def _left_by_groups(proc: Path, cgroups: Path) -> Iterator[int]:
+    """What each limit on the way from the process's control group to the root leaves."""
+    try:
+        lines = (proc / "self" / "cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers not in ("", "memory"):
+            continue
+        root = cgroups / controllers
+        # In a container the path may be the host's, and the group itself is what is mounted.
+        here = root / path.lstrip("/")
+        for group in (here, *here.parents):
+            yield from _left_by(group)
+            if group == root:
+                break
+
+
+def _left_by(group: Path) -> Iterator[int]:
+    """Limit less usage of one group; cached file pages can be dropped, and count as left."""
+    for limit_file, usage_file in _FILES:
+        try:
+            limit = (group / limit_file).read_text().strip()
+            usage = int((group / usage_file).read_text())
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        if limit != "max":
+            cached = (int(stat.get(f"{kind}_file", 0)) for kind in ("active", "inactive"))
+            yield max(0, int(limit) - usage + sum(cached))

@@ -66,7 +66,7 @@ def step_settings(shape: str, method: str, seq_len: int = 256, rank: int = 8) ->
     """The settings of a case of kind step."""
     return {
         "shape": shape,
-        "model": None,
+        "model": shape,
         "seq_len": seq_len,
         "batch_size": 1,
         "lora_r": rank,
@@ -235,9 +235,23 @@ def add_peers(directory: Path) -> None:
         switch = {"peer": "trl+peft", "checkpointing": checkpointing, "seq_len": 256}
         result = {**switch, "peak_anon_bytes": round(megabytes * 1e6), "wall_s": wall}
         result |= {"cpu_s": cpu, "steps": []}
+        result["peak_anon_above_import_bytes"] = round((megabytes + 1976.0) * 1e6)
         name = f"peer-trl-{'with' if checkpointing else 'without'}"
-        write(directory, name, "peers", "peer", {"shape": SMALL, **switch}, result=result)
-    settings = {"shape": SMALL, "peer": "mlx-lm", "checkpointing": True, "seq_len": 256}
+        write(
+            directory,
+            name,
+            "peers",
+            "peer",
+            {"shape": SMALL, "model": SMALL, **switch},
+            result=result,
+        )
+    settings = {
+        "shape": SMALL,
+        "model": SMALL,
+        "peer": "mlx-lm",
+        "checkpointing": True,
+        "seq_len": 256,
+    }
     reason = 'mlx-lm is not installed; pip install "mlx-lm"'
     status = {"status": "skipped", "error": reason}
     write(directory, "peer-mlx-lm", "peers", "peer", settings, **status)

@@ -16,7 +16,7 @@ from typing import Any
 Chart = dict[str, Any]
 _SIZES = {"bars": (5.2, 3.8), "lines": (5.2, 3.7), "stack": (5.2, 4.1)}
 _INK, _SOFT = "#1b2530", "#55636f"
-_STYLE = {
+_STYLE: Any = {
     "font.size": 10,
     "font.family": "DejaVu Sans",
     "axes.titlesize": 11,
@@ -40,6 +40,7 @@ _STYLE = {
     "lines.markersize": 5,
     "hatch.linewidth": 0.6,
     "svg.fonttype": "path",
+    "text.parse_math": False,
     "svg.hashsalt": "lowtide",
     "path.simplify_threshold": 0.4,
 }

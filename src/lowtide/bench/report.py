@@ -40,7 +40,8 @@ def report(directory: Path) -> tuple[Path, Path]:
         The HTML file and the Markdown file.
 
     Raises:
-        InputError: the results cannot be used, or matplotlib is not installed.
+        DataError: the results cannot be used.
+        InputError: matplotlib is not installed.
         OutputError: the report cannot be written.
         LowtideError: the process that draws the plots died.
     """

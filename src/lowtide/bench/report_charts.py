@@ -134,10 +134,10 @@ def nice_ticks(values: Sequence[float]) -> list[float]:
         return []
     low, high = 0.8 * min(positive), 1.25 * max(positive)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for steps in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)):
+    for steps in ((1,), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7)):
         ticks = [float(f"{step * 10.0**power:.3g}") for power in powers for step in steps]
         ticks = [tick for tick in ticks if low <= tick <= high]
-        if len(ticks) >= 4:
+        if len(ticks) >= 3:
             break
     return ticks
 

@@ -10,22 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowtide.errors import InputError, LowtideError, listed
+from lowtide.errors import DataError, LowtideError, listed
 from lowtide.model.adapter import ALL_LINEAR, LoraConfig
 from lowtide.model.spec import LINEARS
 
-FORMAT = "lowtide-bench/1"
-GROUPS = (
-    "models",
-    "sequence",
-    "rank",
-    "store_h",
-    "timeline",
-    "quality",
-    "convergence",
-    "peers",
-)
-STATUSES = ("done", "failed", "skipped")
+from .results import GROUPS, label, read_result
+
 _SETTING_NAMES = ("batch_size", "target_modules", "optimizer", "compute_dtype")
 _ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -61,14 +51,6 @@ _RESULTS: dict[str, dict[str, Any]] = {
     },
 }
 KINDS = tuple(_RESULTS)
-_HEAD = {
-    "name": str,
-    "group": str,
-    "kind": str,
-    "status": str,
-    "case": Each(object),
-    "environment": Each(object),
-}
 
 
 @dataclass(frozen=True)
@@ -79,7 +61,7 @@ class Case:
         name: the stem of its file, and so unique.
         group: one of GROUPS.
         kind: one of KINDS.
-        status: one of STATUSES.
+        status: `done`, `failed` or `skipped`.
         error: why it failed or was skipped.
         settings: what was to be measured.
         environment: where.
@@ -127,14 +109,8 @@ class Case:
         if peer := get("peer"):
             switch = {True: ", checkpointing", False: ", no checkpointing"}
             return f"{peer}{switch.get(get('checkpointing'), '')}"
-        method = str(get("method") or self.name)
-        if method == "mebp":
-            method += f" {get('mebp_loss') or 'sweep'}"
-        if method == "mesp" and get("recompute_h") is False:
-            method += " store-h"
-        if get("block_inputs") == "file":
-            method += ", inputs in a file"
-        return method
+        named = {**self.settings, "method": get("method") or self.name}
+        return label(named) + (", inputs in a file" if get("block_inputs") == "file" else "")
 
     def setting(self, name: str) -> Any:
         """A setting of the case, or of its result where only that names it."""
@@ -248,17 +224,17 @@ def read_results(directory: Path) -> Results:
         The cases.
 
     Raises:
-        InputError: there is no such directory, it holds no cases, or a file in it is broken, of
+        DataError: there is no such directory, it holds no cases, or a file in it is broken, of
             another version or lacks something; all such files are named.
     """
     if not directory.is_dir():
         found = "is a file" if directory.exists() else "does not exist"
-        raise InputError(
+        raise DataError(
             f"{directory} {found}; expected a directory of results that `lowtide bench` wrote."
         )
     paths = sorted((directory / "cases").glob("*.json"))
     if not paths:
-        raise InputError(
+        raise DataError(
             f"{directory} holds no results: no file matches cases/*.json. Expected a directory "
             "that `lowtide bench paper` or `lowtide bench peers` wrote."
         )
@@ -267,57 +243,44 @@ def read_results(directory: Path) -> Results:
     for path in paths:
         try:
             cases.append(_read_case(path))
-        except InputError as error:
+        except DataError as error:
             problems.append(str(error))
     if problems:
-        raise InputError(
-            f"results in {directory} cannot be used:\n{listed(problems)}\nMove these files away, "
-            "or delete them and run the same `lowtide bench` command again: it makes what is "
-            "missing."
+        raise DataError(
+            f"results in {directory} cannot be used:\n{listed(problems)}\nRemove these files, and "
+            "the same `lowtide bench` command measures their cases again."
         )
     return Results(directory, tuple(cases))
 
 
 def _read_case(path: Path) -> Case:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}") from error
-    version = document.get("format") if isinstance(document, dict) else None
-    if version != FORMAT:
-        found = f"its format is {version!r}" if version else "it names no format"
-        raise InputError(f"{path}: {found}; this lowtide reads {FORMAT!r}")
-    problems = list(_misfits(document, _HEAD, ""))
-    if not problems:
-        problems = list(_wrong_choices(document))
-    if not problems and document["status"] == "done":
-        problems = list(_misfits(document.get("result"), _RESULTS[document["kind"]], "result"))
+    read = read_result(path)
+    problems = [
+        f"{key} is {value!r}; expected one of {', '.join(known)}"
+        for key, value, known in (("group", read.group, GROUPS), ("kind", read.kind, KINDS))
+        if value not in known
+    ]
+    if not problems and read.status == "done":
+        problems = list(_misfits(read.result, _RESULTS[read.kind], "result"))
     if problems:
-        raise InputError(f"{path}: {'; '.join(problems[:4])}")
+        raise DataError(f"{path}: {'; '.join(problems[:4])}")
+    result = read.result if read.status == "done" and read.result else {}
     case = Case(
         name=path.stem,
-        group=document["group"],
-        kind=document["kind"],
-        status=document["status"],
-        error=str(document.get("error") or ""),
-        settings=document["case"],
-        environment=document["environment"],
-        started=str(document.get("started") or ""),
-        result=document.get("result") or {} if document["status"] == "done" else {},
+        group=read.group,
+        kind=read.kind,
+        status=read.status,
+        error=str(read.error or ""),
+        settings=read.case,
+        environment=read.environment,
+        started=read.started,
+        result=result,
     )
-    try:  # every number that tables order by must be one
+    try:  # what tables are ordered by must be what it should be
         case.shared(), case.h_bytes()
     except (TypeError, ValueError, LowtideError) as error:
-        raise InputError(f"{path}: its settings cannot be used: {error}") from error
+        raise DataError(f"{path}: its settings cannot be used: {error}") from error
     return case
-
-
-def _wrong_choices(document: Mapping[str, Any]) -> Iterator[str]:
-    for key, known in (("group", GROUPS), ("kind", KINDS), ("status", STATUSES)):
-        if document[key] not in known:
-            yield f"{key} is {document[key]!r}; expected one of {', '.join(known)}"
 
 
 def _misfits(value: Any, expected: Any, where: str) -> Iterator[str]:

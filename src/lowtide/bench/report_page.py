@@ -16,7 +16,7 @@ from typing import Any
 _LONG = 48
 """Cells of more characters than this are wrapped."""
 _STYLE = Path(__file__).with_name("report.css")
-_MARKDOWN_SPECIAL = re.compile(r"([\\*\[\]|#~])|(?<!\w)(_)|(_)(?!\w)")
+_MARKDOWN_SPECIAL = re.compile(r"([\\`*\[\]|#~])|(?<!\w)(_)|(_)(?!\w)")
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def _escaped(text: str) -> str:
     """Text as Markdown that shows just that; code between backticks stays code."""
     pieces = re.split(r"(`[^`]+`)", text.replace("\n", " "))
     for place in range(0, len(pieces), 2):
-        plain = pieces[place].replace("&", "&amp;").replace("<", "&lt;").replace("`", "\\`")
+        plain = pieces[place].replace("&", "&amp;").replace("<", "&lt;")
         pieces[place] = _MARKDOWN_SPECIAL.sub(r"\\\1\2\3", plain)
     for place in range(1, len(pieces), 2):
         pieces[place] = pieces[place].replace("|", "\\|")

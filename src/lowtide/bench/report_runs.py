@@ -65,8 +65,11 @@ def _peak_table(cases: Sequence[Case]) -> Table:
     rows.append(["RssAnon", *[number(peak["rss_anon_bytes"] / 1e6, 2) for peak in peaks]])
     shares = [peak["sum_bytes"] / max(1, peak["rss_anon_bytes"]) for peak in peaks]
     rows.append(["sum / RssAnon", *[f"{share:.1%}" for share in shares]])
-    columns = ["MB", *[f"{case.method}, {case.model}, T = {case.seq_len}" for case in cases]]
-    return Table(columns, rows, 1, "What is live at the peak.")
+    places = list(dict.fromkeys(f"{case.model}, T = {case.seq_len}" for case in cases))
+    caption = f"What is live at the peak: {places[0]}." if len(places) == 1 else "At the peak."
+    own = [f", {case.model}, T = {case.seq_len}" if len(places) > 1 else "" for case in cases]
+    heads = [case.method + place for case, place in zip(cases, own, strict=True)]
+    return Table(["MB", *heads], rows, 1, caption)
 
 
 def quality_section(results: Results) -> Section:
@@ -199,6 +202,7 @@ def peers_section(results: Results) -> Section:
     beside = [ours[place] for place in sorted(places) if place in ours]
     cases = [*(case for case in beside if case not in peers), *peers]
     cases.sort(key=lambda case: (case.model, case.seq_len, by_method(case)))
+    above = "peak_anon_above_import_bytes"
     rows: list[list[Cell]] = []
     for case in cases:
         head: list[Cell] = [case.model, str(case.seq_len) if case.seq_len else NONE, case.method]
@@ -212,7 +216,7 @@ def peers_section(results: Results) -> Section:
             [
                 *head,
                 number(shown(case, "peak_anon_bytes")),
-                _whole_process(case),
+                _recorded(shown(case, above if case.kind == "peer" else "peak_anon_bytes")),
                 number(case.number("wall_s"), 2),
                 number(case.number("cpu_s"), 2),
                 "this is mesp" if case.method == "mesp" else against,
@@ -223,12 +227,16 @@ def peers_section(results: Results) -> Section:
         "T",
         "trainer",
         "peak_anon_bytes, MB",
-        "whole process, MB",
+        "with its weights, MB",
         "wall s",
         "CPU s",
         "mesp's memory against it",
     )
-    caption = "Each in a process of its own, mesp beside them where it was measured at the same T."
+    caption = (
+        "Each in a process of its own, mesp beside them where it was measured at the same T. A "
+        "peer's peak_anon_bytes is counted above its loaded model; the copy of the weights that it "
+        "holds is in the next column, which is counted above the import, as mesp's are both."
+    )
     blocks: list[Block] = [Table(columns, rows, 3, caption)]
     if any(case.done for case in cases):
         chart = _peer_chart([case for case in cases if case.done])
@@ -237,8 +245,7 @@ def peers_section(results: Results) -> Section:
     return Section(_PEERS, blocks)
 
 
-def _whole_process(case: Case) -> str:
-    value = shown(case, "peak_rss_bytes")
+def _recorded(value: float | None) -> str:
     return "not recorded" if value is None else number(value)
 
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from lowtide.config import flag
-
+from .child import flags_of
 from .report_data import Case, Results
 from .report_page import Absent, Block, Bullets, Cell, Section, Table, Text
 from .report_paper import paper_figure
@@ -178,52 +177,31 @@ def failures_section(results: Results) -> Section:
 
 def commands_section(results: Results) -> Section:
     """How each figure was made."""
-    plain = [case for case in results.cases if case.kind != "step"]
-    steps = [case for case in results.cases if case.kind == "step"]
     directory = results.directory.name
-    blocks: list[Block] = [
-        Text(
-            "Every case ran in a process of its own and is one file, "
-            f"`{directory}/cases/NAME.json`, with its settings, environment and result. "
-            f"`lowtide bench paper` and `lowtide bench peers` write such a directory and go on "
-            f"where one was interrupted; `lowtide bench report {directory}` made this page. A "
-            "single step can be measured again with the command beside it."
-        )
-    ]
-    if steps:
-        rows = [[case.name, f"`{command_line(case)}`"] for case in steps]
-        blocks.append(Table(("case", "command"), rows, 2, "Steps."))
-    if plain:
-        blocks.append(
-            Table(
-                ("case", "kind", "settings"),
-                [[case.name, case.kind, _settings(case)] for case in plain],
-                3,
-                "Other cases, with their settings.",
-            )
-        )
-    return Section("How each figure was made", blocks)
+    text = (
+        "Every case ran in a process of its own and is one file, "
+        f"`{directory}/cases/NAME.json`, with its settings, environment and result. `lowtide bench "
+        "paper` and `lowtide bench peers` write such a directory and go on where one was "
+        f"interrupted; `lowtide bench report {directory}` made this page. A single case can be "
+        "measured again with the command beside it."
+    )
+    rows = [[case.name, f"`{command_line(case)}`"] for case in results.cases]
+    return Section("How each figure was made", [Text(text), Table(("case", "command"), rows, 2)])
 
 
 def command_line(case: Case) -> str:
-    """The command that measures a case of kind step again."""
-    words = ["lowtide", "bench", "step"]
-    for name, value in case.settings.items():
-        if value is None or (name == "model" and case.settings.get("shape")):
-            continue
-        if isinstance(value, bool):
-            words.append(flag(name) if value else flag(f"no_{name}"))
-        else:
-            words += [flag(name), str(value)]
-    return shlex.join(words)
-
-
-def _settings(case: Case) -> str:
-    given = {name: value for name, value in case.settings.items() if value is not None}
-    return ", ".join(f"{name} {_plain(value)}" for name, value in given.items()) or NONE
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return ", ".join(map(str, value))
-    return str(value)
+    """The command that measures a case again."""
+    settings = dict(case.settings)
+    words = {
+        "step": ["bench", "step"],
+        "timeline": ["bench", "timeline"],
+        "quality": ["bench", "quality"],
+        "convergence": ["train"],
+        "peer": ["bench", "peers"],
+    }[case.kind]
+    if case.kind == "peer":
+        settings = {name: settings.get(name) for name in ("model", "seq_len", "steps")}
+        settings["out"] = "DIR"
+    if case.kind == "convergence":
+        settings["adapter_path"] = "DIR"
+    return shlex.join(["lowtide", *words, *flags_of(settings)])

@@ -102,7 +102,7 @@ def bench_step(
     check_length(model, settings.seq_len)
     adapter = Adapter.create(model, settings.lora_config(), settings.seed)
     method = get_method(settings.method, settings)
-    trainer = Trainer(model, adapter, method, _train_settings(at))
+    trainer = Trainer(model, adapter, method, train_settings(at))
     tokens = settings.batch_size * settings.seq_len
     trainer.method.reserve(model, tokens, settings.seq_len)
     generator = torch.Generator().manual_seed(settings.seed)
@@ -137,7 +137,7 @@ def bench_step(
     }
 
 
-def _train_settings(settings: BenchStepSettings) -> TrainSettings:
+def train_settings(settings: BenchStepSettings) -> TrainSettings:
     """The bench's settings as the trainer wants them; paths are not used."""
     shared = {f.name for f in fields(TrainSettings)}
     given = {name: value for name, value in asdict(settings).items() if name in shared}

@@ -240,6 +240,10 @@ def test_commands_measure_a_case_again(made: tuple[Page, str, Path]) -> None:
     assert line.startswith("lowtide bench step --model=qwen2.5-3b --seq-len=256 ")
     assert line.endswith("--method=mesp --no-recompute-h")
     assert page.row("How each figure was made", "store-h-3b")[1] == line
+    line = command_line(cases["convergence-mesp"])
+    assert line == "lowtide bench paper --only=convergence --out=DIR"
+    line = command_line(cases["peer-mlx-lm"])
+    assert line == "lowtide bench peers --model=qwen2.5-0.5b --seq-len=256 --out=DIR"
     assert len(page.tables["How each figure was made"][0]) == 1 + len(cases)
 
 

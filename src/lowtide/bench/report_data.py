@@ -246,10 +246,7 @@ def read_results(directory: Path) -> Results:
         except DataError as error:
             problems.append(str(error))
     if problems:
-        raise DataError(
-            f"results in {directory} cannot be used:\n{listed(problems)}\nRemove these files, and "
-            "the same `lowtide bench` command measures their cases again."
-        )
+        raise DataError(f"results in {directory} cannot be used:\n{listed(problems)}")
     return Results(directory, tuple(cases))
 
 

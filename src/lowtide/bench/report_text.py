@@ -12,6 +12,7 @@ from .report_data import Case, Results
 from .report_page import Absent, Block, Bullets, Cell, Section, Table, Text
 from .report_paper import paper_figure
 from .report_steps import NONE, ratio
+from .results import GROUPS
 
 _ENVIRONMENT = {
     "cpu": "processor",
@@ -67,8 +68,7 @@ def summary_section(results: Results) -> Section:
     """Computed: mesp against mebp full and sweep, mezo against mesp; one paragraph per model."""
     sentences = []
     seen = set()
-    groups = ("models", "sequence", "rank", "store_h", "peers")
-    steps = sorted(results.steps(), key=lambda case: (groups.index(case.group), case.model))
+    steps = sorted(results.steps(), key=lambda case: (GROUPS.index(case.group), case.model))
     for case in steps:
         if case.method == "mesp" and case.model not in seen:
             told = _compared(case, results)
@@ -196,12 +196,12 @@ def command_line(case: Case) -> str:
         "step": ["bench", "step"],
         "timeline": ["bench", "timeline"],
         "quality": ["bench", "quality"],
-        "convergence": ["train"],
+        "convergence": ["bench", "paper"],
         "peer": ["bench", "peers"],
     }[case.kind]
     if case.kind == "peer":
         settings = {name: settings.get(name) for name in ("model", "seq_len", "steps")}
         settings["out"] = "DIR"
-    if case.kind == "convergence":
-        settings["adapter_path"] = "DIR"
+    if case.kind == "convergence":  # it makes its data and reads the log of `lowtide train`
+        settings = {"only": "convergence", "out": "DIR"}
     return shlex.join(["lowtide", *words, *flags_of(settings)])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -117,12 +116,7 @@ def paper_cases(settings: PaperSettings) -> list[Case]:
         ConfigError: a model or a group is unknown.
     """
     plan = plan_of(settings)
-    groups = [
-        g
-        for g in groups_of(settings, plan)
-        if g not in _MODULES or find_spec(_MODULES[g]) is not None
-    ]
-    cases = [case for group in groups for case in _BUILDERS[group](plan)]
+    cases = [case for group in groups_of(settings, plan) for case in _BUILDERS[group](plan)]
     sizes = {shape: size for size, shape in enumerate(plan.shapes)}
     return sorted(cases, key=lambda case: sizes.get(case.settings["shape"], 0))
 
@@ -275,4 +269,3 @@ _BUILDERS: dict[str, Callable[[Plan], list[Case]]] = {
     "timeline": _timeline,
     "peers": _peers,
 }
-_MODULES = {"quality": "lowtide.bench.quality", "timeline": "lowtide.bench.timeline"}

@@ -10,7 +10,9 @@ from lowtide.bench.case import Summary
 from lowtide.bench.compare import CompareSettings, bench_compare, compare_lines
 from lowtide.bench.paper import PaperSettings, bench_paper
 from lowtide.bench.peers import PeersSettings, bench_peers
+from lowtide.bench.quality_case import QualitySettings, bench_quality, quality_lines
 from lowtide.bench.step import BenchStepSettings, bench_step
+from lowtide.bench.timeline import timeline_step
 from lowtide.config import did_you_mean, setting
 from lowtide.errors import ConfigError
 
@@ -78,6 +80,30 @@ def _line(name: str, step: Mapping[str, float]) -> str:
     )
 
 
+def _timeline(argv: Sequence[str], name: str, text: str) -> int:
+    settings, output = settings_of(BenchStepSettings, f"bench {name}", text, argv)
+    result = timeline_step(settings, output.say)
+    peak = result["peak"]
+    output.say(
+        f"{result['method']}  T={result['seq_len']}  {len(result['samples'])} moments; peak of "
+        f"RssAnon {megabytes(peak['rss_anon_bytes'])} at {peak['t_s']:.3f} s: {peak['where']}"
+    )
+    for kind in sorted(result["kinds"], key=lambda kind: -peak["bytes"][kind]):
+        output.say(f"  {kind:<20} {megabytes(peak['bytes'][kind]):>12}")
+    output.say(f"  {'sum':<20} {megabytes(peak['sum_bytes']):>12}")
+    output.result(result)
+    return 0
+
+
+def _quality(argv: Sequence[str], name: str, text: str) -> int:
+    settings, output = settings_of(QualitySettings, f"bench {name}", text, argv)
+    result = bench_quality(settings, output.say)
+    for line in quality_lines(result):
+        output.say(line)
+    output.result(result)
+    return 0
+
+
 def _paper(argv: Sequence[str], name: str, text: str) -> int:
     settings, output = settings_of(PaperSettings, f"bench {name}", text, argv)
     return _ended(bench_paper(settings, output.say), settings.out, output)
@@ -127,6 +153,8 @@ BENCHES = {
         "apart, figures are the median of the others",
         _step,
     ),
+    "timeline": _Bench("live bytes by kind over one training step, its peak named", _timeline),
+    "quality": _Bench("how near MeZO's estimate comes to the exact gradient", _quality),
     "paper": _Bench("the paper's tables and plots; goes on where it was stopped", _paper),
     "peers": _Bench("TRL + PEFT and mlx-lm, where they are installed", _peers),
     "compare": _Bench("two runs' results side by side", _compare, ("before", "after")),

@@ -156,6 +156,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run the operation, then look at what it returned."""
         out = func(*args, **(kwargs or {}))
+        self._went_back |= torch._C._current_graph_task_id() != -1
         if isinstance(out, Tensor):
             self._look(out, func)
         else:
@@ -203,7 +204,6 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         node = None
         block = self._block
         if torch._C._current_graph_task_id() != -1:
-            self._went_back = True
             block = next(iter(self._graph_blocks)) if len(self._graph_blocks) == 1 else None
             current = torch._C._current_autograd_node()
             node = "autograd" if current is None else str(current.name())

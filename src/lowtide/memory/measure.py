@@ -34,7 +34,7 @@ _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
 _RESET_MARK = b"5"  # proc(5): set VmHWM back to the resident memory of now
 _PAGE = os.sysconf("SC_PAGE_SIZE")
-POLL_S = 0.001
+POLL_S = 0.002
 _SWITCH_S = 0.0005
 # The kernel counts pages per core and adds them up now and then, so the mark is blurred by as much.
 _BLUR_BYTES = 1_000_000
@@ -95,7 +95,7 @@ class _HighMark:
 
 
 class MemoryMeter:
-    """Keeps the peaks of the process's memory: polled every millisecond, and the kernel's mark.
+    """Keeps the peaks of the process's memory: polled every 2 ms, and the kernel's mark.
 
     Use as a context manager around the steps. `take` returns the peaks since the last `take`.
     While it runs, the interpreter's switch interval is short enough for the polling thread to get

@@ -17,7 +17,14 @@ from lowtide.memory.available import available_bytes
 from .child import SkippedError, flags_of, lowtide_command, run_child
 from .environment import differences, environment
 from .predict import needed_bytes
-from .results import CaseResult, case_path, read_result, read_results, write_result
+from .results import (
+    CaseResult,
+    case_path,
+    make_directory,
+    read_result,
+    read_results,
+    write_result,
+)
 from .shapes import cache_directory, shape_directory
 
 Run = Callable[[Mapping[str, Any], Path], dict[str, Any]]
@@ -106,6 +113,7 @@ class Runner:
             KeyboardInterrupt: what was measured until then is recorded.
         """
         summary = Summary()
+        make_directory(self._directory)
         for number, case in enumerate(cases, 1):
             self._say(f"[{number}/{len(cases)}] {case.name}")
             kept = self._kept(case)
@@ -155,8 +163,6 @@ class Runner:
 
     def _twin(self, case: Case) -> CaseResult | None:
         """The result of a case of another group with the same settings, under this one's name."""
-        if not (self._directory / "cases").is_dir():
-            return None
         try:
             others = read_results(self._directory).values()
         except LowtideError:  # an unreadable file says so when its own turn comes

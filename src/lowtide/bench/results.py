@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -76,6 +78,27 @@ def case_path(directory: Path, name: str) -> Path:
     return directory / "cases" / f"{name}.json"
 
 
+def make_directory(directory: Path) -> None:
+    """Make a results directory where there is none, and see that it can be written.
+
+    Args:
+        directory: of the results.
+
+    Raises:
+        OutputError: it cannot be made or written.
+    """
+    cases = directory / "cases"
+    try:
+        cases.mkdir(parents=True, exist_ok=True)
+        if not os.access(cases, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise OutputError(
+            f"--out {directory} cannot be written: {error.strerror}. Choose a directory that you "
+            "own, on a disk with free space."
+        ) from error
+
+
 def write_result(directory: Path, result: CaseResult) -> None:
     """Write one case's file, replacing what it held.
 
@@ -87,13 +110,7 @@ def write_result(directory: Path, result: CaseResult) -> None:
         OutputError: the directory cannot be written, or the disk is full.
     """
     path = case_path(directory, result.name)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"--out {directory} cannot be written: {error.strerror}. Choose a directory that you "
-            "own, on a disk with free space."
-        ) from error
+    make_directory(directory)
     text = json.dumps(result.document(), indent=1, ensure_ascii=False, allow_nan=False)
     write_atomically(path, [(text + "\n").encode()])
 

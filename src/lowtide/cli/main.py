@@ -24,7 +24,7 @@ COMMANDS = {
     "eval": "loss and perplexity on a data set",
     "check": "our gradients against autograd, on your own model and data",
     "info": "what a model directory holds",
-    "bench": "measure memory and speed: bench step",
+    "bench": "measure memory and time; the paper's tables, peers, reports",
 }
 
 

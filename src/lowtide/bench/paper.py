@@ -132,7 +132,7 @@ def plan_of(settings: PaperSettings) -> Plan:
             lengths=(64, 128),
             ranks=(4, 16),
             directions="1,4,16",
-            quality_seq_len=32,
+            quality_seq_len=16,
             iters=30,
             steps=settings.steps or 1,
         )

@@ -67,7 +67,7 @@ def test_kinds_of_mesp_to_the_byte(small_model: Path) -> None:
     for sample in result["samples"]:
         assert sample["bytes"]["adapter"] == 4 * PARAMETERS
         # A row for each block's input, and two that are used in turn.
-        assert sample["bytes"]["block inputs"] == (LAYERS + 2) * TOKENS * HIDDEN * 4
+        assert sample["bytes"]["block inputs"] == (LAYERS + 1) * TOKENS * HIDDEN * 4
         assert sample["bytes"]["model"] == 0  # stored as float32: nothing to widen
         assert sample["bytes"]["optimizer"] == 0
         # No gradient outlives its use: those of the MLP are the most at once.

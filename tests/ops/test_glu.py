@@ -67,7 +67,7 @@ def _ours(
     """y, dn and the adapters' gradients. Buffers start as NaN; inputs must stay as they were."""
     nans = torch.full((width * max(HIDDEN, len(n)),), torch.nan, dtype=n.dtype)
     buffers = GluBuffers(
-        tiles=[nans[: width * HIDDEN].clone() for _ in range(3)],
+        tiles=[nans[: width * HIDDEN].clone() for _ in range(2)],
         activations=[nans[: width * len(n)].clone() for _ in range(4)],
         width=width,
     )

@@ -113,8 +113,14 @@ def sweep_chart(cases: Sequence[Case], varying: str, figure: str, title: str) ->
         known = [(at, value) for at, value in points if value is not None]
         if len(known) > 1:
             dashed = {"style": "dashed", "hollow": True, "width": 1.2, **style}
-            at, values = zip(*known, strict=True)
-            series.append({"name": f"{method}, paper", "x": at, "y": values, **dashed})
+            series.append(
+                {
+                    "name": f"{method}, paper",
+                    "x": [at for at, _ in known],
+                    "y": [value for _, value in known],
+                    **dashed,
+                }
+            )
     values = [y for one in series for y in one["y"] if y is not None]
     return {
         "kind": "lines",

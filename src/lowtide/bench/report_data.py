@@ -119,7 +119,7 @@ class Case:
     def number(self, name: str) -> float | None:
         """A figure of the result, None where it has none."""
         value = self.result.get(name)
-        return float(value) if _is_number(value) else None
+        return float(value) if value is not None and _is_number(value) else None
 
     @property
     def seq_len(self) -> int:

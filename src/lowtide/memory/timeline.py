@@ -13,7 +13,7 @@ What the sum by kind cannot see, and why it differs from RssAnon:
   of the product library (a product of the step's size is made first), the model's Python objects,
   modules imported since. `Ledger.settle` measures it; it is a constant part of `other`.
 - Scratch that a kernel allocates and frees within one operation.
-- Reserved pages that nothing has touched (of mesp's block inputs one row in `num_layers + 2`):
+- Reserved pages that nothing has touched (of mesp's block inputs one row in `num_layers + 1`):
   tensors count in full, RssAnon counts touched pages.
 - Freed pages that malloc keeps: RssAnon stays near its peak when the sum has fallen. So the peak
   is, of all moments at which RssAnon is within 1% of its highest, that with the largest sum.

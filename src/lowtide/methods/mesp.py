@@ -35,7 +35,7 @@ class Mesp:
 
     def reserve(self, model: Decoder, max_tokens: int, max_length: int) -> None:
         """See `Method.reserve`."""
-        self._buffers.reserve(model, max_tokens, max_length, model.spec.num_layers + 2)
+        self._buffers.reserve(model, max_tokens, max_length, model.spec.num_layers + 1)
 
     def step(
         self, model: Decoder, adapter: Adapter, batch: Batch, sink: GradSink, step: Step

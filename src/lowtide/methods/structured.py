@@ -4,7 +4,7 @@ and the hand-derived backward of the blocks whose input was kept.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from torch import Tensor
 
@@ -19,19 +19,28 @@ from .base import GradSink, Step, require_finite
 from .buffers import Buffers
 
 
-def places(rows: Tensor, num_layers: int, kept: Collection[int]) -> list[Tensor]:
+def kept_inputs(layers: Collection[int]) -> list[int]:
+    """Of the blocks to go back through, those whose input is kept: the first embeds again."""
+    return sorted(layer for layer in layers if layer > 0)
+
+
+def places(rows: Sequence[Tensor], num_layers: int, kept: Sequence[int]) -> list[Tensor]:
     """Where each block reads its input, and where the last one writes.
 
     Args:
-        rows: `(2 + number kept, T, H)`: the first two are used in turn by blocks that keep nothing.
+        rows: `2 + number kept` of `(T, H)`: the first two are for inputs that nobody needs later.
         num_layers: blocks of the model.
-        kept: blocks whose input survives the forward.
+        kept: blocks whose input survives the forward, in order.
 
     Returns:
         `num_layers + 1` tensors `(T, H)`; neighbours never overlap.
     """
-    own = {layer: 2 + number for number, layer in enumerate(sorted(kept))}
-    return [rows[own.get(layer, layer % 2)] for layer in range(num_layers + 1)]
+    own = {layer: 2 + number for number, layer in enumerate(kept)}
+    chosen: list[int] = []
+    for layer in range(num_layers + 1):
+        passing = 1 if chosen and chosen[-1] == 0 else 0
+        chosen.append(own.get(layer, passing))
+    return [rows[row] for row in chosen]
 
 
 def structured_step(
@@ -69,8 +78,10 @@ def structured_step(
         return block if stored_h is None else stored_h.on(block, layer, ready=backward)
 
     num_layers = model.spec.num_layers
-    ws, rows = buffers.for_batch(model, batch, 2 + len(layers))
-    inputs = places(rows, num_layers, layers)
+    kept = kept_inputs(layers)
+    ws, all_rows = buffers.for_batch(model, batch, 2 + len(kept))
+    rows = all_rows.unbind()
+    inputs = places(rows, num_layers, kept)
     at = model.positions(batch.lengths)
     embed(model, batch.ids, inputs[0])
     forward = (block_of(layer, backward=False) for layer in range(num_layers))
@@ -82,6 +93,10 @@ def structured_step(
             sink.add(parameter_name(layer, linear, "A"), da)
             sink.add(parameter_name(layer, linear, "B"), db)
 
+        if layer == 0:
+            # Every kept input has been used by now, so the embeddings take the place of one.
+            inputs[0] = rows[-1] if kept else rows[1] if inputs[-1] is rows[0] else rows[0]
+            embed(model, batch.ids, inputs[0])
         below = layer > min(layers)
         block = block_of(layer, backward=True)
         block_backward(x, inputs[layer], block, at, ws, emit=emit, input_gradient=below)
@@ -108,7 +123,7 @@ def structured_losses(
         Losses in nats.
     """
     ws, rows = buffers.for_batch(model, batch, 2)
-    inputs = places(rows, model.spec.num_layers, ())
+    inputs = places(rows.unbind(), model.spec.num_layers, ())
     embed(model, batch.ids, inputs[0])
     blocks = (model.block(i, adapter, dropout_seed) for i in range(model.spec.num_layers))
     x = blocks_forward(blocks, inputs, model.positions(batch.lengths), ws)

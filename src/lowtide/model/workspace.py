@@ -22,7 +22,7 @@ from lowtide.ops.glu import GluBuffers
 
 from .spec import ModelSpec
 
-_TILE_ELEMENTS = 288 * 1024
+_TILE_ELEMENTS = 420 * 1024
 _ACTIVATION_ELEMENTS = 128 * 1024
 _MIN_WIDTH, _MAX_WIDTH = 64, 512
 
@@ -30,11 +30,11 @@ _MIN_WIDTH, _MAX_WIDTH = 64, 512
 def mlp_tile_width(spec: ModelSpec, tokens: int) -> int:
     """Columns of the intermediate size that one MLP tile covers.
 
-    About 1 MB of float32 weight per tile, narrower for long batches so that the activations of a
+    About 1.7 MB of float32 weight per tile, narrower for long batches so that the activations of a
     tile stay small too; at least 64 so that products stay efficient.
     """
     by_weight = _TILE_ELEMENTS // spec.hidden_size
-    by_tokens = max(128, _ACTIVATION_ELEMENTS // max(1, tokens))
+    by_tokens = max(192, _ACTIVATION_ELEMENTS // max(1, tokens))
     width = max(_MIN_WIDTH, min(by_weight, by_tokens, _MAX_WIDTH))
     return min(width, spec.intermediate_size)
 
@@ -57,12 +57,12 @@ class Workspace:
         wide = max_tokens * max(spec.hidden_size, spec.q_width)
         self._wide = [torch.empty(wide, dtype=dtype) for _ in range(5)]
         self._narrow = [torch.empty(max_tokens * spec.kv_width, dtype=dtype) for _ in range(4)]
-        self.tile = torch.empty(3 * width * spec.hidden_size, dtype=dtype)
+        self.tile = torch.empty(2 * width * spec.hidden_size, dtype=dtype)
         self._columns = torch.empty(4 * width * max_tokens, dtype=dtype)
         scores = score_elements(max_length, spec.num_heads // spec.num_kv_heads)
         self.scores = [torch.empty(scores, dtype=dtype) for _ in range(2)]
         self.glu = GluBuffers(
-            tiles=self.tile.chunk(3), activations=self._columns.chunk(4), width=width
+            tiles=self.tile.chunk(2), activations=self._columns.chunk(4), width=width
         )
         self.loss = LossBuffers(tile=self.tile, logits=self._columns)
 

@@ -265,6 +265,8 @@ def _owner(kind: type, name: str) -> type:
 def _metavar(base: type, rule: Rule) -> str:
     if rule.choices:
         return "|".join(rule.choices)
+    if rule.listed:
+        return "LIST"
     return "PATH" if rule.filled else {int: "N", float: "X"}.get(base, "TEXT")
 
 

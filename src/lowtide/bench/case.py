@@ -134,6 +134,7 @@ class Runner:
             write_result(self._directory, result)
             getattr(summary, result.status).append(case.name)
             self._say(f"    {_line(result)}  ({time.perf_counter() - started:.0f} s)")
+        self._say(f"{summary.text()}; results in {self._directory}")
         return summary
 
     def _kept(self, case: Case) -> str | None:

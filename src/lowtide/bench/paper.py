@@ -98,9 +98,7 @@ def bench_paper(settings: PaperSettings, say: Callable[[str], None]) -> Summary:
     """
     cases = paper_cases(settings)
     directory = Path(settings.out).expanduser()
-    summary = Runner(directory, KINDS, say, settings.cache_dir).run(cases)
-    say(f"{summary.text()}; results in {directory}")
-    return summary
+    return Runner(directory, KINDS, say, settings.cache_dir).run(cases)
 
 
 def paper_cases(settings: PaperSettings) -> list[Case]:

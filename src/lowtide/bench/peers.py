@@ -46,9 +46,7 @@ def bench_peers(settings: PeersSettings, say: Callable[[str], None]) -> Summary:
     """
     directory = Path(settings.out).expanduser()
     cases = peer_cases(settings.model, settings.seq_len, settings.steps)
-    summary = Runner(directory, {"peer": run_peer}, say, settings.cache_dir).run(cases)
-    say(f"{summary.text()}; results in {directory}")
-    return summary
+    return Runner(directory, {"peer": run_peer}, say, settings.cache_dir).run(cases)
 
 
 def peer_cases(model: str, seq_len: int, steps: int) -> list[Case]:

@@ -181,7 +181,7 @@ def main() -> int:
     """Draw what stdin asks for; the exit code is 3 where matplotlib is not installed."""
     request = json.load(sys.stdin)
     try:
-        import matplotlib  # noqa: F401
+        import matplotlib  # noqa: F401  # only to see that it is there
     except ImportError as error:
         print(error, file=sys.stderr)
         return 3

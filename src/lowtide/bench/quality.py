@@ -11,7 +11,7 @@ from torch import Tensor
 from lowtide.check.run import expected_cosine
 from lowtide.errors import ConfigError
 from lowtide.methods import get_method, gradients
-from lowtide.model.adapter import Adapter, parameter_name
+from lowtide.model.adapter import Adapter
 from lowtide.model.batch import Batch
 from lowtide.model.decoder import Decoder
 
@@ -84,13 +84,8 @@ def gradient_quality(
 
 def _layers(model: Decoder, adapter: Adapter) -> dict[int, list[str]]:
     """The adapter's parameters by block; blocks without any are left out."""
-    layers: dict[int, list[str]] = {}
-    for layer in range(model.spec.num_layers):
-        prefix = parameter_name(layer, "", "A").split("..")[0] + "."
-        names = [name for name, _ in adapter.items() if name.startswith(prefix)]
-        if names:
-            layers[layer] = names
-    return layers
+    layers = {layer: list(adapter.of_layer(layer)) for layer in range(model.spec.num_layers)}
+    return {layer: names for layer, names in layers.items() if names}
 
 
 def _products(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -105,27 +105,19 @@ def bench_step(
     trainer = Trainer(model, adapter, method, train_settings(at))
     tokens = settings.batch_size * settings.seq_len
     trainer.method.reserve(model, tokens, settings.seq_len)
-    generator = torch.Generator().manual_seed(settings.seed)
-    reports = []
+    batches = random_batches(model, settings)
     with MemoryMeter() as meter:
-        for step in range(1, settings.steps + 2):
-            shape = (settings.batch_size, settings.seq_len)
-            ids = torch.randint(0, model.spec.vocab_size, shape, generator=generator)
-            batch = Batch.from_sequences(ids.tolist())
-            reports.append(measured_update(trainer, [batch], step, meter))
+        reports = [
+            measured_update(trainer, [next(batches)], step, meter)
+            for step in range(1, settings.steps + 2)
+        ]
     warmup, measured = reports[0], reports[1:]
     rate = product_rate(model, settings.seq_len * settings.batch_size)
     lengths = [settings.seq_len] * settings.batch_size
     flops = step_flops(model.spec, adapter.config, lengths, measured[0].n_tokens)
     median = _median(measured)
     return {
-        "method": settings.method,
-        **{name: getattr(settings, name) for name in OPTIONS_OF[settings.method]},
-        "model": settings.model,
-        "seq_len": settings.seq_len,
-        "batch_size": settings.batch_size,
-        "optimizer": settings.optimizer,
-        "lora_r": settings.lora_r,
+        **described(settings),
         "n_adapter_parameters": adapter.n_parameters,
         "threads": torch.get_num_threads(),
         **median,
@@ -135,6 +127,23 @@ def bench_step(
         "steps": [asdict(report) for report in measured],
         "warmup_step": asdict(warmup),
     }
+
+
+def described(settings: BenchStepSettings) -> dict[str, Any]:
+    """What a result says of its settings, the method's own options among them."""
+    names = ("model", "seq_len", "batch_size", "optimizer", "lora_r")
+    return {
+        name: getattr(settings, name) for name in ("method", *OPTIONS_OF[settings.method], *names)
+    }
+
+
+def random_batches(model: Decoder, settings: BenchStepSettings) -> Iterator[Batch]:
+    """Batches of random token ids without end, the same for the same seed."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    shape = (settings.batch_size, settings.seq_len)
+    while True:
+        ids = torch.randint(0, model.spec.vocab_size, shape, generator=generator)
+        yield Batch.from_sequences(ids.tolist())
 
 
 def train_settings(settings: BenchStepSettings) -> TrainSettings:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import torch
@@ -15,14 +16,20 @@ from torch import Tensor
 from lowtide.memory.measure import MemoryMeter
 from lowtide.memory.timeline import Ledger
 from lowtide.methods import GradSink, Method, Step, check_options, get_method
-from lowtide.methods.options import OPTIONS_OF
 from lowtide.model.adapter import Adapter
 from lowtide.model.batch import Batch
 from lowtide.model.decoder import Decoder
 from lowtide.train.loop import Trainer
 from lowtide.train.run import check_length, open_model
 
-from .step import BenchStepSettings, located, nothing_said, train_settings
+from .step import (
+    BenchStepSettings,
+    described,
+    located,
+    nothing_said,
+    random_batches,
+    train_settings,
+)
 
 
 class _Sink:
@@ -93,30 +100,16 @@ def timeline_step(
         method = WatchedMethod(get_method(settings.method, settings), ledger)
         trainer = Trainer(model, adapter, method, train_settings(at))
         method.reserve(model, tokens, settings.seq_len)
-        batches = _batches(model, settings)
-        trainer.update([batches[0]], 1)
+        warmup, recorded = islice(random_batches(model, settings), 2)
+        trainer.update([warmup], 1)
         with MemoryMeter() as meter, ledger.recording():
-            trainer.update([batches[1]], 2)
+            trainer.update([recorded], 2)
         metered = meter.take()
     return {
-        "method": settings.method,
-        **{name: getattr(settings, name) for name in OPTIONS_OF[settings.method]},
-        "model": settings.model,
-        "seq_len": settings.seq_len,
-        "batch_size": settings.batch_size,
-        "optimizer": settings.optimizer,
-        "lora_r": settings.lora_r,
+        **described(settings),
         **ledger.result(),
         "metered_peak_bytes": metered.anon_bytes - ledger.own_bytes,
     }
-
-
-def _batches(model: Decoder, settings: BenchStepSettings) -> list[Batch]:
-    """Two batches of random ids."""
-    generator = torch.Generator().manual_seed(settings.seed)
-    shape = (settings.batch_size, settings.seq_len)
-    draws = [torch.randint(model.spec.vocab_size, shape, generator=generator) for _ in range(2)]
-    return [Batch.from_sequences(ids.tolist()) for ids in draws]
 
 
 def _first_products(model: Decoder, tokens: int) -> None:

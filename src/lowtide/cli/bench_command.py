@@ -12,7 +12,7 @@ from lowtide.bench.paper import PaperSettings, bench_paper
 from lowtide.bench.peers import PeersSettings, bench_peers
 from lowtide.bench.quality_case import QualitySettings, bench_quality, quality_lines
 from lowtide.bench.step import BenchStepSettings, bench_step
-from lowtide.bench.timeline import timeline_step
+from lowtide.bench.timeline import describe, timeline_step
 from lowtide.config import did_you_mean, setting
 from lowtide.errors import ConfigError
 
@@ -83,14 +83,7 @@ def _line(name: str, step: Mapping[str, float]) -> str:
 def _timeline(argv: Sequence[str], name: str, text: str) -> int:
     settings, output = settings_of(BenchStepSettings, f"bench {name}", text, argv)
     result = timeline_step(settings, output.say)
-    peak = result["peak"]
-    output.say(
-        f"{result['method']}  T={result['seq_len']}  {len(result['samples'])} moments; peak of "
-        f"RssAnon {megabytes(peak['rss_anon_bytes'])} at {peak['t_s']:.3f} s: {peak['where']}"
-    )
-    for kind in sorted(result["kinds"], key=lambda kind: -peak["bytes"][kind]):
-        output.say(f"  {kind:<20} {megabytes(peak['bytes'][kind]):>12}")
-    output.say(f"  {'sum':<20} {megabytes(peak['sum_bytes']):>12}")
+    output.say(describe(result))
     output.result(result)
     return 0
 

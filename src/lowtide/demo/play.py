@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lowtide.bench.child import lowtide_command
 from lowtide.data.tokenizer import Tokenizer
 from lowtide.errors import KINDS, LowtideError
 from lowtide.infer.generate import generate
@@ -110,9 +110,12 @@ def run_command(arguments: Sequence[str], say: Callable[[str], None] | None) -> 
     Raises:
         LowtideError: the command failed; of the kind and with the message that it gave.
     """
-    command = [sys.executable, "-m", "lowtide.cli.main", *arguments, "--json"]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, encoding="utf-8"
+        lowtide_command(*arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
     ) as child:
         assert child.stdout is not None
         assert child.stderr is not None

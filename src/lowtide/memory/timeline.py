@@ -57,7 +57,7 @@ class _Noting(list[Any]):
         return super().__getitem__(index)
 
 
-class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does not type it
     """Enters every storage that is allocated while it is active; see the module's text.
 
     Enter it before model, adapter, method and trainer are made. Storages entered before
@@ -66,7 +66,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         """Start with nothing known."""
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # torch does not type it
         self.own_bytes = 0
         self._stack = Stack()
         self._known: dict[int, tuple[int, weakref.ref[Any]]] = {}
@@ -124,7 +124,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> Self:
         """Start looking; what the instrument itself takes is kept out of all figures."""
-        super().__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]  # torch does not type it
         before = _anon()
         torch.empty(1)
         self.own_bytes += max(0, _anon() - before)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowtide.model.adapter import Adapter, parameter_name
+from lowtide.model.adapter import Adapter
 from lowtide.model.batch import IGNORED, Batch
 from lowtide.model.decoder import Decoder
 from lowtide.model.forward import embed, loss_backward_, loss_forward
@@ -60,7 +60,7 @@ def lean_kernels(tile: Tensor) -> Kernels:
     """Kernels that widen weights into `tile`, a flat buffer."""
 
     def product(x: Tensor, weight: MappedMatrix) -> Tensor:
-        y: Tensor = _FrozenProduct.apply(x, weight, tile)  # type: ignore[no-untyped-call]
+        y: Tensor = _FrozenProduct.apply(x, weight, tile)  # type: ignore[no-untyped-call]  # torch does not type it
         return y
 
     return Kernels(product, _fused_attention)
@@ -97,7 +97,8 @@ class Mebp:
         total = self._loss_backward_(model, inputs[-1], batch, ws, step.scale)
         dy = inputs[-1]
         for layer in reversed(range(model.spec.num_layers)):
-            leaves = _leaves(adapter, layer)
+            matrices = adapter.of_layer(layer)
+            leaves = {name: p.detach().requires_grad_() for name, p in matrices.items()}
             x = inputs[layer].detach().requires_grad_(layer > 0)
             wanted = [*([x] if layer > 0 else []), *leaves.values()]
             if not wanted:
@@ -139,11 +140,3 @@ class Mebp:
             for layer in range(model.spec.num_layers):
                 x = reference_block(model, adapter, layer, x, batch, None, kernels)
             return float(loss_forward(model, x, batch, ws).sum())
-
-
-def _leaves(adapter: Adapter, layer: int) -> dict[str, Tensor]:
-    """The adapter's matrices in one block, as leaves of a graph."""
-    prefix = parameter_name(layer, "", "A").split("..")[0] + "."
-    return {
-        name: p.detach().requires_grad_() for name, p in adapter.items() if name.startswith(prefix)
-    }

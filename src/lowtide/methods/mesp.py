@@ -1,7 +1,8 @@
 """MeSP: structured backpropagation (arXiv 2602.13069). Exact.
 
-The forward keeps each block's input and nothing else. The backward walks the blocks in reverse: it
-recomputes what a block's backward needs, h = x A^T included, uses it and frees it. No autograd.
+The forward keeps each block's input and nothing else; the first block embeds its own again. The
+backward walks the blocks in reverse: it recomputes what a block's backward needs, h = x A^T
+included, uses it and frees it. No autograd.
 
 `recompute_h = no` keeps h of every adapted linear from the forward instead: 4 T r bytes each, the
 paper's ablation.

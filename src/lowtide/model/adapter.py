@@ -194,6 +194,11 @@ class Adapter:
         own = (dropout_seed * 1_000_003 + layer * len(LINEARS) + LINEARS.index(linear)) * 0x9E3779B1
         return Lora(a, b, self.config.scale, self.config.lora_dropout, own & (1 << 62) - 1)
 
+    def of_layer(self, layer: int) -> dict[str, Tensor]:
+        """Matrices of one block, by PEFT name."""
+        prefix = f"{_PREFIX}{layer}."
+        return {name: p for name, p in self.items() if name.startswith(prefix)}
+
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """(PEFT name, matrix) of every parameter."""
         return iter(self.parameters.items())

@@ -32,6 +32,8 @@ class Bench:
         self.directory, self.model = directory, model
         self.said: list[str] = []
         self.measured: list[str] = []
+        self.walls: list[float] = []
+        self.broken: set[str] = set()
 
     def case(self, name: str, group: str = "models", **settings: Any) -> Case:
         own = {"shape": None, "model": str(self.model), "method": "mesp", "does": name}
@@ -46,13 +48,13 @@ class Bench:
     def _measure(self, settings: Mapping[str, Any], scratch: Path) -> dict[str, Any]:
         does = settings["does"]
         self.measured.append(does)
-        if does == "fails":
+        if does == "fails" or does in self.broken:
             raise LowtideError("it broke")
         if does == "absent":
             raise SkippedError("peer is not installed")
         if does == "interrupted":
             raise KeyboardInterrupt
-        return dict(FIGURES)
+        return {**FIGURES, "wall_s": self.walls.pop(0)} if self.walls else dict(FIGURES)
 
 
 @pytest.fixture
@@ -117,6 +119,60 @@ def test_equal_cases_of_two_groups_are_measured_once(bench: Bench) -> None:
     copied = read_result(case_path(bench.directory, "again"))
     assert (copied.group, copied.result) == ("rank", FIGURES)
     assert "    the same settings as a: its figures are used" in bench.said
+
+
+def test_rounds_take_turns_and_medians_are_kept(bench: Bench) -> None:
+    a, b = (replace(bench.case(name), rounds=3) for name in "ab")
+    once = bench.case("once")
+    bench.walls = [3.0, 1.0, 1.0, 5.0, 1.0, 4.0, 1.0]
+    summary = bench.run(a, b, once)
+    assert bench.measured == ["a", "b", "once", "a", "b", "a", "b"]
+    assert summary.done == ["once", "a", "b"]
+    result = read_result(case_path(bench.directory, "a")).result
+    assert result is not None
+    assert result["wall_s"] == 4.0
+    assert [one["wall_s"] for one in result["rounds"]] == [3.0, 5.0, 4.0]
+    assert result["peak_anon_bytes"] == FIGURES["peak_anon_bytes"]
+    assert bench.run(a, b, once).kept == ["a", "b", "once"]
+    assert bench.measured == []
+
+
+def test_missing_rounds_are_added_unless_the_program_changed(bench: Bench) -> None:
+    bench.run(bench.case("a"))
+    more = replace(bench.case("a"), rounds=2)
+    assert bench.run(more).done == ["a"]
+    assert bench.measured == ["a"]
+    done = read_result(case_path(bench.directory, "a"))
+    assert done.result is not None
+    assert len(done.result["rounds"]) == 2
+    write_result(
+        bench.directory, replace(done, environment={**done.environment, "git_revision": "0123abc"})
+    )
+    bench.run(replace(more, rounds=3))
+    assert bench.measured == ["a", "a", "a"]
+    assert any("its rounds so far are of revision 0123abc" in line for line in bench.said)
+
+
+def test_a_failure_in_a_later_round_keeps_the_earlier_ones(bench: Bench) -> None:
+    bench.run(bench.case("a"))
+    bench.broken = {"a"}
+    more = replace(bench.case("a"), rounds=3)
+    assert bench.run(more).failed == ["a"]
+    assert bench.measured == ["a"]
+    failed = read_result(case_path(bench.directory, "a"))
+    assert (failed.status, failed.error) == ("failed", "it broke")
+    bench.broken = set()
+    assert bench.run(more).done == ["a"]
+    assert bench.measured == ["a", "a"]
+
+
+def test_an_equal_case_has_the_rounds_of_its_twin(bench: Bench) -> None:
+    one = replace(bench.case("a"), rounds=2)
+    other = Case("again", "rank", "step", one.settings, rounds=2)
+    bench.run(one, other)
+    assert bench.measured == ["a", "a"]
+    results = [read_result(case_path(bench.directory, name)).result for name in ("a", "again")]
+    assert results[0] == results[1]
 
 
 def test_too_little_memory_fails_the_case_before_it_starts(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -40,12 +41,14 @@ class Case:
         group: which table or plot it is for.
         kind: how it is measured, a key of the runner's `kinds`.
         settings: all that decides the result; `shape` or None, and `model`, among them.
+        rounds: how often it is measured, taking turns with the other cases.
     """
 
     name: str
     group: str
     kind: str
     settings: dict[str, Any]
+    rounds: int = 1
 
 
 @dataclass
@@ -56,6 +59,16 @@ class Summary:
     kept: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+
+    def add(self, ending: str, name: str) -> None:
+        """Count a case once; how its last round ended is what counts, kept rounds least."""
+        lists = (self.done, self.kept, self.failed, self.skipped)
+        if ending == "kept" and any(name in names for names in lists):
+            return
+        for names in lists:
+            if name in names:
+                names.remove(name)
+        getattr(self, ending).append(name)
 
     def text(self) -> str:
         """One line for people."""
@@ -98,6 +111,7 @@ class Runner:
         self._directory, self._kinds, self._say = directory, kinds, say
         self._cache = cache_directory(cache_dir)
         self._environment = environment()
+        self._told: set[str] = set()
 
     def run(self, cases: Sequence[Case]) -> Summary:
         """Measure what is not there yet.
@@ -114,31 +128,39 @@ class Runner:
         """
         summary = Summary()
         make_directory(self._directory)
-        for number, case in enumerate(cases, 1):
-            self._say(f"[{number}/{len(cases)}] {case.name}")
-            kept = self._kept(case)
-            if kept is not None:
-                summary.kept.append(case.name)
-                self._say(f"    {kept}")
+        most = max((case.rounds for case in cases), default=0)
+        turns = [(turn, case) for turn in range(1, most + 1) for case in cases]
+        turns = [(turn, case) for turn, case in turns if turn <= case.rounds]
+        stopped: set[str] = set()
+        for number, (turn, case) in enumerate(turns, 1):
+            if case.name in stopped:
+                continue
+            of_rounds = f", round {turn} of {case.rounds}" if case.rounds > 1 else ""
+            self._say(f"[{number}/{len(turns)}] {case.name}{of_rounds}")
+            before = self._before(case)
+            if before is not None and n_rounds(before) >= turn:
+                summary.add("kept", case.name)
                 continue
             started = time.perf_counter()
             try:
-                result = self._twin(case) or self._measured(case)
+                result = self._twin(case, turn) or self._measured(case, before)
             except KeyboardInterrupt:
-                left = len(cases) - number + 1
+                left = len({one.name for _, one in turns[number - 1 :]} - stopped)
                 self._say(
                     f"    stopped; {left} of {len(cases)} cases are left. The same command goes on "
                     f"with them; what is measured is in {self._directory}."
                 )
                 raise
             write_result(self._directory, result)
-            getattr(summary, result.status).append(case.name)
+            summary.add(result.status, case.name)
+            if result.status != "done":
+                stopped.add(case.name)
             self._say(f"    {_line(result)}  ({time.perf_counter() - started:.0f} s)")
         self._say(f"{summary.text()}; results in {self._directory}")
         return summary
 
-    def _kept(self, case: Case) -> str | None:
-        """Why the case need not be measured, or None."""
+    def _before(self, case: Case) -> CaseResult | None:
+        """What is there of the case and can be used, or None."""
         path = case_path(self._directory, case.name)
         if not path.exists():
             return None
@@ -147,7 +169,7 @@ class Runner:
         except LowtideError as error:
             self._say(f"    measured again: {error}")
             return None
-        if before.status != "done":
+        if before.result is None:
             return None
         if (before.kind, before.case) != (case.kind, _plain(case.settings)):
             self._say("    measured again: the settings of the case changed")
@@ -156,13 +178,19 @@ class Runner:
         if changed:
             self._say(f"    measured again: {'; '.join(changed)}")
             return None
-        text = "done before, kept"
         revision = before.environment.get("git_revision")
+        text = "done before, kept"
         if revision != self._environment["git_revision"]:
+            if n_rounds(before) < case.rounds:
+                self._say(f"    measured again: its rounds so far are of revision {revision}")
+                return None
             text += f" (at revision {revision}; remove {path} to measure it again)"
-        return text
+        if case.name not in self._told:
+            self._told.add(case.name)
+            self._say(f"    {text}")
+        return before
 
-    def _twin(self, case: Case) -> CaseResult | None:
+    def _twin(self, case: Case, turn: int) -> CaseResult | None:
         """The result of a case of another group with the same settings, under this one's name."""
         try:
             others = read_results(self._directory).values()
@@ -170,17 +198,19 @@ class Runner:
             return None
         for other in others:
             same = (other.kind, other.case) == (case.kind, _plain(case.settings))
-            if same and other.status == "done" and other.environment == self._environment:
+            same = same and other.status == "done" and other.environment == self._environment
+            if same and n_rounds(other) >= turn:
                 self._say(f"    the same settings as {other.name}: its figures are used")
                 return replace(other, name=case.name, group=case.group)
         return None
 
-    def _measured(self, case: Case) -> CaseResult:
-        """Measure the case now; a failure becomes a result that says so."""
+    def _measured(self, case: Case, before: CaseResult | None) -> CaseResult:
+        """Measure the case now, beside earlier rounds; a failure becomes a result that says so."""
         started = datetime.now(UTC).isoformat(timespec="seconds")
-        status, error, result = "done", None, None
+        status, error = "done", None
+        result = None if before is None else before.result
         try:
-            result = self._result(case)
+            result = with_round(result, self._result(case))
         except SkippedError as missing:
             status, error = "skipped", str(missing)
         except LowtideError as failure:
@@ -203,6 +233,34 @@ class Runner:
         if "model" in result:  # a directory on this machine says less than the shape's name
             result["model"] = case.settings["model"]
         return result
+
+
+def n_rounds(result: CaseResult) -> int:
+    """How many rounds a result holds."""
+    return len((result.result or {}).get("rounds", [None]))
+
+
+def with_round(before: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
+    """A case's result with one more round.
+
+    Args:
+        before: the result so far, or None.
+        new: what the round measured.
+
+    Returns:
+        The median over the rounds of every figure, and the rest from the last round; from the
+        second round on, `rounds` holds them all.
+    """
+    if before is None:
+        return new
+    rounds = [*before.get("rounds", [before]), new]
+    merged = dict(new)
+    for name, value in new.items():
+        values = [one.get(name) for one in rounds]
+        if all(type(one) in (int, float) for one in values):
+            median = statistics.median(values)
+            merged[name] = round(median) if isinstance(value, int) else median
+    return {**merged, "rounds": rounds}
 
 
 def check_memory(case: Case) -> None:

@@ -48,7 +48,13 @@ class PaperSettings(ShapeSettings):
     )
     steps: int | None = setting(
         None,
-        help="measured steps after the one that warms up; none is 3, or 1 if --quick",
+        help="measured steps of a round, after the one that warms up; none is 2, or 1 if --quick",
+        minimum=1,
+    )
+    rounds: int | None = setting(
+        None,
+        help="how often each step is measured, in fresh processes that take turns, so that a "
+        "machine that slows down slows all alike; none is 3, or 1 if --quick",
         minimum=1,
     )
 
@@ -65,6 +71,7 @@ class Plan:
     quality_seq_len: int
     iters: int
     steps: int
+    rounds: int
 
     @property
     def small(self) -> str:
@@ -133,6 +140,7 @@ def plan_of(settings: PaperSettings) -> Plan:
             quality_seq_len=16,
             iters=30,
             steps=settings.steps or 1,
+            rounds=settings.rounds or 1,
         )
     names = _chosen("models", settings.models, tuple(MODELS))
     return Plan(
@@ -143,7 +151,8 @@ def plan_of(settings: PaperSettings) -> Plan:
         directions="1,4,16,64",
         quality_seq_len=64,
         iters=180,
-        steps=settings.steps or 3,
+        steps=settings.steps or 2,
+        rounds=settings.rounds or 3,
     )
 
 
@@ -189,7 +198,7 @@ def step_settings(plan: Plan, shape: str, **own: Any) -> dict[str, Any]:
 def _step(plan: Plan, group: str, shape: str, extra: str = "", **own: Any) -> Case:
     settings = step_settings(plan, shape, **own)
     parts = [part for part in (group, shape, extra, label(settings)) if part]
-    return Case(file_name(*parts), group, "step", settings)
+    return Case(file_name(*parts), group, "step", settings, plan.rounds)
 
 
 def _models(plan: Plan) -> list[Case]:
@@ -254,7 +263,7 @@ def _convergence(plan: Plan) -> list[Case]:
 
 
 def _peers(plan: Plan) -> list[Case]:
-    return peer_cases(plan.small, plan.seq_len, plan.steps)
+    return peer_cases(plan.small, plan.seq_len, plan.steps, plan.rounds)
 
 
 _BUILDERS: dict[str, Callable[[Plan], list[Case]]] = {

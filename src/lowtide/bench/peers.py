@@ -27,7 +27,8 @@ class PeersSettings(ShapeSettings):
     out: str = setting(help="directory for the results", filled=True)
     model: str = setting("qwen2.5-0.5b", help="model directory or a shape", filled=True)
     seq_len: int = setting(256, help="tokens per sequence", minimum=2)
-    steps: int = setting(3, help="measured steps, after one that warms up", minimum=1)
+    steps: int = setting(2, help="measured steps of a round, after one that warms up", minimum=1)
+    rounds: int = setting(3, help="how often each is measured, in turns", minimum=1)
 
 
 def bench_peers(settings: PeersSettings, say: Callable[[str], None]) -> Summary:
@@ -45,17 +46,18 @@ def bench_peers(settings: PeersSettings, say: Callable[[str], None]) -> Summary:
         OutputError: the directory cannot be written.
     """
     directory = Path(settings.out).expanduser()
-    cases = peer_cases(settings.model, settings.seq_len, settings.steps)
+    cases = peer_cases(settings.model, settings.seq_len, settings.steps, settings.rounds)
     return Runner(directory, {"peer": run_peer}, say, settings.cache_dir).run(cases)
 
 
-def peer_cases(model: str, seq_len: int, steps: int) -> list[Case]:
+def peer_cases(model: str, seq_len: int, steps: int, rounds: int = 1) -> list[Case]:
     """The peers' cases: LoRA r = 8 on all linears, SGD, batch 1; mlx-lm in the stored bfloat16.
 
     Args:
         model: a shape or a model directory.
         seq_len: tokens per sequence.
-        steps: measured steps.
+        steps: measured steps of a round.
+        rounds: how often each case is measured.
 
     Returns:
         One case for each peer and way of using it.
@@ -81,7 +83,7 @@ def peer_cases(model: str, seq_len: int, steps: int) -> list[Case]:
         }
         way = "checkpointing" if checkpointing else "no-checkpointing"
         named = file_name("peers", Path(model).name, f"t{seq_len}", peer, way)
-        cases.append(Case(named, "peers", "peer", settings))
+        cases.append(Case(named, "peers", "peer", settings, rounds))
     return cases
 
 

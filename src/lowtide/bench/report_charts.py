@@ -39,6 +39,7 @@ _KIND_COLOURS = {
     "block intermediates": "#e69f00",
     "loss": "#d55e00",
     "model": "#8c6d1f",
+    "allocator": "#e3e6e9",
     "other": "#c3c9cf",
 }
 _DEPTHS = ("#a6cee3", "#56a0d0", "#0072b2", "#004d7a", "#00263d")

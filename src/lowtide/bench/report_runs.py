@@ -44,9 +44,9 @@ def timeline_section(results: Results) -> Section:
         for case in done
     ]
     note = Text(
-        "Areas: live bytes by kind. Line: RssAnon above what it was right after the import; what "
-        "it lies above the areas is held by the allocator, Python and threads. Each plot has its "
-        "own scale, and each point is the highest sample of its span of time."
+        "Areas: live bytes by kind; `allocator` is what was freed and malloc has not given back. "
+        "Line: RssAnon above what it was right after the import. Each plot has its own scale, and "
+        "each point is the highest sample of its span of time."
     )
     blocks: list[Block] = [note]
     if done:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 KINDS = (
     "adapter", "gradients", "optimizer", "block inputs", "buffers", "block intermediates",
-    "loss", "model", "other",
+    "loss", "model", "allocator", "other",
 )  # fmt: skip
 
 # Functions that say what they allocate for, and modules. The innermost function of the first table

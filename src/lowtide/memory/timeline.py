@@ -4,7 +4,8 @@ A `Ledger` looks at the result of every operation while it is entered: a storage
 seen is entered with its size and its kind, and crossed out by a weak reference when it is freed,
 also where only autograd's graph held it. The kind follows from who allocates: the frames of the
 package on the stack, by the tables of `kinds`. A gradient that reaches the sink counts as one from
-its birth. Views and mapped files are not counted. Nothing is added to methods or operations,
+its birth. Views and mapped files are not counted. What was freed and malloc still holds, as glibc
+tells it, is the kind `allocator`. Nothing is added to methods or operations,
 and what does not enter a ledger pays nothing for it.
 
 What the sum by kind cannot see, and why it differs from RssAnon:
@@ -15,12 +16,15 @@ What the sum by kind cannot see, and why it differs from RssAnon:
 - Scratch that a kernel allocates and frees within one operation.
 - Reserved pages that nothing has touched (of mesp's block inputs one row in `num_layers + 1`):
   tensors count in full, RssAnon counts touched pages.
-- Freed pages that malloc keeps: RssAnon stays near its peak when the sum has fallen. So the peak
-  is, of all moments at which RssAnon is within 1% of its highest, that with the largest sum.
+- Where glibc cannot be asked, freed pages that malloc keeps.
+
+Because malloc keeps freed pages, RssAnon stays near its peak when less is in use. So the peak is,
+of all moments at which RssAnon is within 1% of its highest, that with the most in use.
 """
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import time
 import weakref
@@ -41,8 +45,30 @@ from .kinds import KINDS, Stack, kind_of, where
 MAX_SAMPLES = 600
 _MAPS = Path("/proc/self/maps")
 _NEAR_PEAK = 0.99
-_LOSS, _OTHER = KINDS.index("loss"), KINDS.index("other")
+_LOSS, _OTHER, _ALLOCATOR = (KINDS.index(kind) for kind in ("loss", "other", "allocator"))
 _GRADIENTS, _INTERMEDIATES = KINDS.index("gradients"), KINDS.index("block intermediates")
+
+
+class _MallInfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`, see mallinfo(3)."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks",
+            "fordblks", "keepcost",
+        )
+    )  # fmt: skip
+
+
+def _mallinfo() -> Any:
+    """glibc's mallinfo2, or None where there is none."""
+    try:
+        found = ctypes.CDLL(None).mallinfo2
+    except (OSError, AttributeError):
+        return None
+    found.restype = _MallInfo
+    return found
 
 
 class _Noting(list[Any]):
@@ -74,6 +100,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does 
         self._sizes, self._kinds = array("q"), array("b")
         self._births, self._deaths = array("q"), array("q")
         self._times, self._anon, self._wheres = array("d"), array("q"), array("i")
+        self._free, self._mallinfo = array("q"), _mallinfo()
         self._names: dict[str, int] = {}
         self._recording = self._changed = False
         self._start = 0.0
@@ -99,8 +126,12 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does 
             Its bytes, above RssAnon right after the import.
         """
         held = sum(self._sizes[entry] for entry, _ in self._known.values())
-        self._constant = max(0, self.anon() - held)
+        self._constant = max(0, self.anon() - held - self._kept_by_malloc())
         return self._constant
+
+    def _kept_by_malloc(self) -> int:
+        """Bytes that were freed and that malloc has not given back."""
+        return 0 if self._mallinfo is None else int(self._mallinfo().fordblks)
 
     def note_block(self, block: int) -> None:
         """Block `block` is about to be used."""
@@ -210,6 +241,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does 
         name = where(self._stack.places(sys._getframe(2)), block, node)
         self._times.append(time.perf_counter() - self._start)
         self._anon.append(anon)
+        self._free.append(self._kept_by_malloc())
         self._wheres.append(self._names.setdefault(name, len(self._names)))
         self._changed = False
 
@@ -222,8 +254,9 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does 
         """
         live = list(self._live())
         sums = [sum(row) for row in live]
+        used = [total - row[_ALLOCATOR] for total, row in zip(sums, live, strict=True)]
         names = list(self._names)
-        peak = _peak_place(self._anon, sums)
+        peak = _peak_place(self._anon, used)
 
         def sample(place: int) -> dict[str, Any]:
             by_kind = dict(zip(KINDS, live[place], strict=True))
@@ -236,7 +269,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does 
         first, last = live[0], live[-1]
         return {
             "kinds": list(KINDS),
-            "samples": [sample(place) for place in _chosen(self._anon, sums, peak)],
+            "samples": [sample(place) for place in _chosen(self._anon, used, peak)],
             "peak": {
                 **sample(peak),
                 "where": names[self._wheres[peak]],
@@ -246,7 +279,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does 
             "leaked": {
                 kind: after - before
                 for kind, before, after in zip(KINDS, first, last, strict=True)
-                if after != before
+                if after != before and kind != "allocator"
             },
             "n_moments": len(sums),
         }
@@ -265,6 +298,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does 
         for place in range(len(self._times)):
             for kind, size in changes.get(place, ()):
                 now[kind] += size
+            now[_ALLOCATOR] = self._free[place]
             yield list(now)
 
 
@@ -296,16 +330,16 @@ def _is_mapped(storage: Any, func: Any) -> bool:
     return False
 
 
-def _peak_place(anon: Sequence[int], sums: Sequence[int]) -> int:
-    """Of the moments with RssAnon within 1% of its highest, the first with the largest sum."""
+def _peak_place(anon: Sequence[int], used: Sequence[int]) -> int:
+    """Of the moments with RssAnon within 1% of its highest, the first with the most in use."""
     floor = _NEAR_PEAK * max(anon)
     near = [place for place, value in enumerate(anon) if value >= floor]
-    return max(near, key=lambda place: sums[place])
+    return max(near, key=lambda place: used[place])
 
 
-def _chosen(anon: Sequence[int], sums: Sequence[int], peak: int) -> list[int]:
+def _chosen(anon: Sequence[int], used: Sequence[int], peak: int) -> list[int]:
     """At most MAX_SAMPLES moments: the ends, the peak, each stretch's first and its highest."""
-    count = len(sums)
+    count = len(used)
     if count <= MAX_SAMPLES:
         return list(range(count))
     chosen = {0, peak, count - 1}
@@ -313,5 +347,5 @@ def _chosen(anon: Sequence[int], sums: Sequence[int], peak: int) -> list[int]:
     for number in range(stretches):
         start, stop = number * count // stretches, (number + 1) * count // stretches
         span = range(start, stop)
-        chosen |= {start, max(span, key=anon.__getitem__), max(span, key=sums.__getitem__)}
+        chosen |= {start, max(span, key=anon.__getitem__), max(span, key=used.__getitem__)}
     return sorted(chosen)

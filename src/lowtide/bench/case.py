@@ -111,7 +111,6 @@ class Runner:
         self._directory, self._kinds, self._say = directory, kinds, say
         self._cache = cache_directory(cache_dir)
         self._environment = environment()
-        self._told: set[str] = set()
 
     def run(self, cases: Sequence[Case]) -> Summary:
         """Measure what is not there yet.
@@ -137,7 +136,7 @@ class Runner:
                 continue
             of_rounds = f", round {turn} of {case.rounds}" if case.rounds > 1 else ""
             self._say(f"[{number}/{len(turns)}] {case.name}{of_rounds}")
-            before = self._before(case)
+            before = self._before(case, turn)
             if before is not None and n_rounds(before) >= turn:
                 summary.add("kept", case.name)
                 continue
@@ -159,7 +158,7 @@ class Runner:
         self._say(f"{summary.text()}; results in {self._directory}")
         return summary
 
-    def _before(self, case: Case) -> CaseResult | None:
+    def _before(self, case: Case, turn: int) -> CaseResult | None:
         """What is there of the case and can be used, or None."""
         path = case_path(self._directory, case.name)
         if not path.exists():
@@ -179,15 +178,15 @@ class Runner:
             self._say(f"    measured again: {'; '.join(changed)}")
             return None
         revision = before.environment.get("git_revision")
-        text = "done before, kept"
-        if revision != self._environment["git_revision"]:
-            if n_rounds(before) < case.rounds:
+        if n_rounds(before) < turn:
+            if revision != self._environment["git_revision"]:
                 self._say(f"    measured again: its rounds so far are of revision {revision}")
                 return None
+            return before
+        text = "done before, kept"
+        if revision != self._environment["git_revision"]:
             text += f" (at revision {revision}; remove {path} to measure it again)"
-        if case.name not in self._told:
-            self._told.add(case.name)
-            self._say(f"    {text}")
+        self._say(f"    {text}")
         return before
 
     def _twin(self, case: Case, turn: int) -> CaseResult | None:

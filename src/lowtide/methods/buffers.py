@@ -18,13 +18,15 @@ from lowtide.model.workspace import Workspace
 class Buffers:
     """Made for the largest batch seen; made again only when a larger one comes."""
 
-    def __init__(self, block_inputs: str = "memory") -> None:
+    def __init__(self, block_inputs: str = "memory", tiles: str = "full") -> None:
         """No buffer is made before `reserve` or the first batch.
 
         Args:
             block_inputs: `memory`, or `file` for rows in a mapped scratch file.
+            tiles: of the workspace.
         """
         self._in_file = block_inputs == "file"
+        self._tiles = tiles
         self._max_tokens = self._max_length = 0
         self._ws: Workspace | None = None
         self._rows: Tensor | None = None
@@ -68,7 +70,7 @@ class Buffers:
             self._max_tokens = max(self._max_tokens, tokens)
             self._max_length = max(self._max_length, longest)
             self._ws = self._rows = ws = flat = None  # freed before new ones are made
-            ws = self._ws = workspace_for(model, self._max_tokens, self._max_length)
+            ws = self._ws = workspace_for(model, self._max_tokens, self._max_length, self._tiles)
             self._for = model
         needed = rows * self._max_tokens * model.spec.hidden_size
         if flat is None or flat.numel() < needed:

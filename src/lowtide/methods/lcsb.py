@@ -43,8 +43,9 @@ class Lcsb:
 
     def __init__(self, options: MethodOptions | None = None) -> None:
         """Take `lcsb_blocks` from the options."""
-        self._per_step = (options or MethodOptions()).lcsb_blocks
-        self._buffers = Buffers()
+        options = options or MethodOptions()
+        self._per_step = options.lcsb_blocks
+        self._buffers = Buffers(tiles=options.tiles)
 
     def _blocks(self, model: Decoder) -> int:
         """How many blocks are up in a step."""

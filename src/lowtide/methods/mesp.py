@@ -4,15 +4,19 @@ The forward keeps each block's input and nothing else; the first block embeds it
 backward walks the blocks in reverse: it recomputes what a block's backward needs, h = x A^T
 included, uses it and frees it. No autograd.
 
+`keep_blocks = n` keeps the intermediates of the last n blocks, where there is memory to spare.
+
 `recompute_h = no` keeps h of every adapted linear from the forward instead: 4 T r bytes each, the
 paper's ablation.
 """
 
 from __future__ import annotations
 
+from lowtide.errors import ConfigError
 from lowtide.model.adapter import Adapter
 from lowtide.model.batch import Batch
 from lowtide.model.decoder import Decoder
+from lowtide.model.kept import KeptBlocks
 from lowtide.model.stored_h import StoredH
 
 from .base import GradSink, Step
@@ -30,12 +34,15 @@ class Mesp:
     def __init__(self, options: MethodOptions | None = None) -> None:
         """Take `recompute_h` and `block_inputs` from the options."""
         options = options or MethodOptions()
-        self._buffers = Buffers(options.block_inputs)
+        self._buffers = Buffers(options.block_inputs, options.tiles)
         self._recompute_h = options.recompute_h
         self._stored_h: StoredH | None = None
+        self._keep_blocks = options.keep_blocks
+        self._kept: KeptBlocks | None = None
 
     def reserve(self, model: Decoder, max_tokens: int, max_length: int) -> None:
         """See `Method.reserve`."""
+        self._keep(model, max_tokens)
         self._buffers.reserve(model, max_tokens, max_length, model.spec.num_layers + 1)
 
     def step(
@@ -51,7 +58,21 @@ class Mesp:
         return structured_step(
             model, adapter, batch, sink, step,
             buffers=self._buffers, layers=range(model.spec.num_layers), stored_h=self._stored_h,
+            kept_blocks=self._keep(model, sum(batch.lengths)),
         )  # fmt: skip
+
+    def _keep(self, model: Decoder, tokens: int) -> KeptBlocks | None:
+        """Room for the blocks to keep, made again only when a larger batch comes."""
+        spec, number = model.spec, self._keep_blocks
+        if number > spec.num_layers:
+            raise ConfigError(
+                f"--keep-blocks is {number}, and the model has {spec.num_layers} blocks."
+            )
+        if number and (self._kept is None or not self._kept.fits(tokens)):
+            self._kept = None  # freed before a larger one is made
+            last = range(spec.num_layers - number, spec.num_layers)
+            self._kept = KeptBlocks(spec, last, tokens, model.compute_dtype)
+        return self._kept
 
     def loss(self, model: Decoder, adapter: Adapter | None, batch: Batch) -> float:
         """See `Method.loss`. Uses the step's buffers."""

@@ -72,7 +72,7 @@ class Mezo:
         """Take `zo_eps` and `zo_directions` from the options."""
         options = options or MethodOptions()
         self._eps, self._directions = options.zo_eps, options.zo_directions
-        self._buffers = Buffers()
+        self._buffers = Buffers(tiles=options.tiles)
 
     def reserve(self, model: Decoder, max_tokens: int, max_length: int) -> None:
         """See `Method.reserve`."""

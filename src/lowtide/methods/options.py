@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 
 from lowtide.config import flag, setting
 from lowtide.errors import ConfigError, listed
+from lowtide.model.workspace import TILES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,18 @@ class MethodOptions:
         help="mesp, mebp: where block inputs are kept; file is a mapped scratch file in TMPDIR",
         choices=("memory", "file"),
     )
+    keep_blocks: int = setting(
+        0,
+        help="mesp: how many of the last blocks keep their intermediates for the backward instead "
+        "of recomputing them: faster, and more memory",
+        minimum=0,
+    )
+    tiles: str = setting(
+        "full",
+        help="mesp, lcsb, mezo: size of the tiles of weights and activations; smaller ones take "
+        "less memory and more time",
+        choices=tuple(TILES),
+    )
     zo_eps: float = setting(1e-3, help="mezo: how far the two forwards step from theta", above=0)
     zo_directions: int = setting(1, help="mezo: random directions per step", minimum=1)
     lcsb_blocks: int | None = setting(
@@ -33,10 +46,10 @@ class MethodOptions:
 
 
 OPTIONS_OF: dict[str, tuple[str, ...]] = {
-    "mesp": ("recompute_h", "block_inputs"),
+    "mesp": ("recompute_h", "block_inputs", "keep_blocks", "tiles"),
     "mebp": ("mebp_loss", "block_inputs"),
-    "mezo": ("zo_eps", "zo_directions"),
-    "lcsb": ("lcsb_blocks",),
+    "mezo": ("zo_eps", "zo_directions", "tiles"),
+    "lcsb": ("lcsb_blocks", "tiles"),
     "autograd": (),
 }
 """Which options each method reads."""

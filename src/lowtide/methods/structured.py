@@ -13,6 +13,7 @@ from lowtide.model.batch import Batch
 from lowtide.model.block import Block, block_backward
 from lowtide.model.decoder import Decoder
 from lowtide.model.forward import blocks_forward, embed, loss_backward_, loss_forward
+from lowtide.model.kept import KeptBlocks
 from lowtide.model.stored_h import StoredH
 
 from .base import GradSink, Step, require_finite
@@ -53,6 +54,7 @@ def structured_step(
     buffers: Buffers,
     layers: Collection[int],
     stored_h: StoredH | None = None,
+    kept_blocks: KeptBlocks | None = None,
 ) -> float:
     """Gradients of the adapters in `layers`; the residual path carries the signal past the others.
 
@@ -65,6 +67,7 @@ def structured_step(
         buffers: reused between steps.
         layers: blocks to go back through; all of them for the exact gradient.
         stored_h: keeps h of every adapted linear from the forward; None recomputes it.
+        kept_blocks: takes the intermediates of some blocks; None recomputes all.
 
     Returns:
         The sum of the labelled positions' losses, in nats.
@@ -85,7 +88,10 @@ def structured_step(
     at = model.positions(batch.lengths)
     embed(model, batch.ids, inputs[0])
     forward = (block_of(layer, backward=False) for layer in range(num_layers))
-    x = blocks_forward(forward, inputs, at, ws)
+    if kept_blocks is not None:
+        kept_blocks.start(sum(batch.lengths))
+    keeps = [None if kept_blocks is None else kept_blocks.of(i) for i in range(num_layers)]
+    x = blocks_forward(forward, inputs, at, ws, keeps)
     total = require_finite(loss_backward_(model, x, batch, ws, scale=step.scale))
     for layer in sorted(layers, reverse=True):
 
@@ -99,7 +105,9 @@ def structured_step(
             embed(model, batch.ids, inputs[0])
         below = layer > min(layers)
         block = block_of(layer, backward=True)
-        block_backward(x, inputs[layer], block, at, ws, emit=emit, input_gradient=below)
+        block_backward(
+            x, inputs[layer], block, at, ws, emit=emit, input_gradient=below, kept=keeps[layer]
+        )
     return total
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowtide.ops.attention import Heads, Segment, attention_backward, attention_forward
-from lowtide.ops.glu import Glu, glu_backward, glu_forward
+from lowtide.ops.glu import Columns, Glu, glu_backward, glu_forward
 from lowtide.ops.lora_linear import Emit, Linear, linear_backward, linear_forward
 from lowtide.ops.rmsnorm import rmsnorm_backward_, rmsnorm_forward
 from lowtide.ops.rope import rope_
@@ -54,7 +54,7 @@ class LayerCache(Protocol):
 
 
 class _Attended(NamedTuple):
-    """What the attention half leaves in the workspace."""
+    """What the attention half leaves in the workspace, or where it is kept."""
 
     rstd: Tensor
     q: Tensor
@@ -64,22 +64,46 @@ class _Attended(NamedTuple):
     lse: Tensor
 
 
+class Kept:
+    """What the backward of a block needs, kept from its forward instead of recomputed.
+
+    Room for q and o `(T, q_width)`, k and v `(T, kv_width)`, the middle residual `(T, H)`, and the
+    MLP's columns.
+    """
+
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, mid: Tensor, columns: Columns
+    ) -> None:
+        """Take the tensors, whose content the forward writes."""
+        self.q, self.k, self.v, self.o, self.mid = q, k, v, o, mid
+        self.columns = columns
+        self.attended: _Attended | None = None
+
+
 def _attend(
-    x: Tensor, block: Block, at: Positions, ws: Workspace, cache: LayerCache | None = None
+    x: Tensor,
+    block: Block,
+    at: Positions,
+    ws: Workspace,
+    cache: LayerCache | None = None,
+    keep: Kept | None = None,
 ) -> _Attended:
-    """norm, q/k/v, rope and attention of `x (T, H)`; results lie in the workspace."""
+    """norm, q/k/v, rope and attention of `x (T, H)`; results lie in the workspace, or in `keep`."""
     tokens = x.shape[0]
     n = ws.wide(0, tokens, x.shape[1])
     rstd = rmsnorm_forward(x, block.input_norm, block.eps, out=n)
-    q = ws.wide(1, tokens, at.heads.num * at.heads.dim)
-    k, v = ws.narrow(0, tokens), ws.narrow(1, tokens)
+    if keep is None:
+        width = at.heads.num * at.heads.dim
+        q, o = ws.wide(1, tokens, width), ws.wide(2, tokens, width)
+        k, v = ws.narrow(0, tokens), ws.narrow(1, tokens)
+    else:
+        q, k, v, o = keep.q, keep.k, keep.v, keep.o
     for linear, out in ((block.q, q), (block.k, k), (block.v, v)):
         linear_forward(n, linear, out, ws.tile)
     for rotated in (q, k):
         rope_(rotated, at.cos, at.sin, ws.rope_scratch())
     if cache is not None:
         k, v = cache.extend(k, v)
-    o = ws.wide(2, tokens, q.shape[1])
     lse = attention_forward(q, k, v, at.heads, at.segments, out=o, score=ws.scores[0])
     return _Attended(rstd, q, k, v, o, lse)
 
@@ -91,6 +115,7 @@ def block_forward(
     ws: Workspace,
     out: Tensor,
     cache: LayerCache | None = None,
+    keep: Kept | None = None,
 ) -> None:
     """`out = mid + MLP(norm(mid))`, `mid = x + Attention(norm(x)) Wo^T`.
 
@@ -101,13 +126,17 @@ def block_forward(
         ws: buffers, overwritten.
         out: `(T, H)`, overwritten; must not overlap `x`.
         cache: earlier keys and values when generating.
+        keep: takes what the backward needs; None where it recomputes that.
     """
-    attended = _attend(x, block, at, ws, cache)
+    attended = _attend(x, block, at, ws, cache, keep)
     out.copy_(x)
     linear_forward(attended.o, block.o, out, ws.tile, beta=1.0)
     n = ws.wide(0, *x.shape)
     rmsnorm_forward(out, block.mlp_norm, block.eps, out=n)
-    glu_forward(n, block.glu, out, ws.glu)
+    if keep is not None:
+        keep.attended = attended
+        keep.mid.copy_(out)
+    glu_forward(n, block.glu, out, ws.glu, None if keep is None else keep.columns)
 
 
 def block_backward(
@@ -119,6 +148,7 @@ def block_backward(
     *,
     emit: Callable[[str, Tensor, Tensor], None],
     input_gradient: bool = True,
+    kept: Kept | None = None,
 ) -> None:
     """Turn the gradient of the block's output into that of its input, in place.
 
@@ -130,15 +160,20 @@ def block_backward(
         ws: buffers, overwritten.
         emit: called with (linear's name, dA, dB) when A and B are not needed any more.
         input_gradient: False in the first block; `dy` is then left meaningless.
+        kept: what the forward of this block kept, overwritten; None where it kept nothing.
     """
     tokens, hidden = x.shape
-    attended = _attend(x, block, at, ws)
     n, mid, dn = (ws.wide(i, tokens, hidden) for i in (0, 3, 4))
-    mid.copy_(x)
-    linear_forward(attended.o, block.o, mid, ws.tile, beta=1.0)
+    if kept is None or kept.attended is None:
+        attended = _attend(x, block, at, ws)
+        mid.copy_(x)
+        linear_forward(attended.o, block.o, mid, ws.tile, beta=1.0)
+    else:
+        attended, mid = kept.attended, kept.mid
     rstd = rmsnorm_forward(mid, block.mlp_norm, block.eps, out=n)
     emits = [_named(emit, f"mlp.{name}_proj") for name in ("gate", "up", "down")]
-    glu_backward(dy, n, block.glu, dn, ws.glu, emits=emits)
+    columns = None if kept is None else kept.columns
+    glu_backward(dy, n, block.glu, dn, ws.glu, emits=emits, kept=columns)
     rmsnorm_backward_(dy, dn, mid, block.mlp_norm, rstd, scratch=n)
     _attention_backward(dy, x, block, at, ws, attended, emit, input_gradient)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import pairwise
+from itertools import pairwise, repeat
 
 import torch
 from torch import Tensor
@@ -13,13 +13,17 @@ from lowtide.ops.frozen import matmul_
 from lowtide.ops.rmsnorm import rmsnorm_backward_, rmsnorm_forward
 
 from .batch import Batch
-from .block import Block, Positions, block_forward
+from .block import Block, Kept, Positions, block_forward
 from .decoder import Decoder
 from .workspace import Workspace
 
 
 def blocks_forward(
-    blocks: Iterable[Block], inputs: Sequence[Tensor], at: Positions, ws: Workspace
+    blocks: Iterable[Block],
+    inputs: Sequence[Tensor],
+    at: Positions,
+    ws: Workspace,
+    keeps: Iterable[Kept | None] = repeat(None),
 ) -> Tensor:
     """Run every block from `inputs[0]`, which holds the embeddings.
 
@@ -29,12 +33,14 @@ def blocks_forward(
             where an input need not be kept, but neighbours must not overlap.
         at: segments and rotary tables.
         ws: buffers.
+        keeps: for each block, what takes its intermediates, or None.
 
     Returns:
         The last block's output, the last of `inputs`.
     """
-    for block, (x, out) in zip(blocks, pairwise(inputs), strict=True):
-        block_forward(x, block, at, ws, out=out)
+    walk = zip(blocks, pairwise(inputs), strict=True)
+    for (block, (x, out)), keep in zip(walk, keeps, strict=False):
+        block_forward(x, block, at, ws, out=out, keep=keep)
     return inputs[-1]
 
 
@@ -105,6 +111,8 @@ def head_logits(model: Decoder, x: Tensor, ws: Workspace) -> Tensor:
     return out
 
 
-def workspace_for(model: Decoder, max_tokens: int, max_length: int) -> Workspace:
+def workspace_for(
+    model: Decoder, max_tokens: int, max_length: int, tiles: str = "full"
+) -> Workspace:
     """Buffers for batches of that many tokens and that longest sequence."""
-    return Workspace(model.spec, max_tokens, max_length, model.compute_dtype)
+    return Workspace(model.spec, max_tokens, max_length, model.compute_dtype, tiles)

@@ -27,7 +27,11 @@ _ACTIVATION_ELEMENTS = 128 * 1024
 _MIN_WIDTH, _MAX_WIDTH = 64, 512
 
 
-def mlp_tile_width(spec: ModelSpec, tokens: int) -> int:
+TILES = {"full": 1, "half": 2, "quarter": 4}
+"""Sizes of tiles, and what the usual one is divided by."""
+
+
+def mlp_tile_width(spec: ModelSpec, tokens: int, tiles: str = "full") -> int:
     """Columns of the intermediate size that one MLP tile covers.
 
     About 1.7 MB of float32 weight per tile, narrower for long batches so that the activations of a
@@ -35,7 +39,7 @@ def mlp_tile_width(spec: ModelSpec, tokens: int) -> int:
     """
     by_weight = _TILE_ELEMENTS // spec.hidden_size
     by_tokens = max(192, _ACTIVATION_ELEMENTS // max(1, tokens))
-    width = max(_MIN_WIDTH, min(by_weight, by_tokens, _MAX_WIDTH))
+    width = max(_MIN_WIDTH, min(by_weight, by_tokens, _MAX_WIDTH) // TILES[tiles])
     return min(width, spec.intermediate_size)
 
 
@@ -46,14 +50,19 @@ class Workspace:
     """
 
     def __init__(
-        self, spec: ModelSpec, max_tokens: int, max_length: int, dtype: torch.dtype
+        self,
+        spec: ModelSpec,
+        max_tokens: int,
+        max_length: int,
+        dtype: torch.dtype,
+        tiles: str = "full",
     ) -> None:
-        """Allocate everything, without touching it."""
+        """Allocate everything, without touching it; `tiles` is a key of `TILES`."""
         self.spec = spec
         self.max_tokens = max_tokens
         self.max_length = max_length
         self.dtype = dtype
-        width = mlp_tile_width(spec, max_tokens)
+        width = mlp_tile_width(spec, max_tokens, tiles)
         wide = max_tokens * max(spec.hidden_size, spec.q_width)
         self._wide = [torch.empty(wide, dtype=dtype) for _ in range(5)]
         self._narrow = [torch.empty(max_tokens * spec.kv_width, dtype=dtype) for _ in range(4)]
@@ -65,6 +74,12 @@ class Workspace:
             tiles=self.tile.chunk(2), activations=self._columns.chunk(4), width=width
         )
         self.loss = LossBuffers(tile=self.tile, logits=self._columns)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes reserved."""
+        parts = [*self._wide, *self._narrow, self.tile, self._columns, *self.scores]
+        return sum(part.numel() for part in parts) * self.dtype.itemsize
 
     def fits(self, tokens: int, length: int) -> bool:
         """Whether a batch of that many tokens and that longest sequence fits."""

@@ -92,6 +92,28 @@ def _tiles(segments: Sequence[Segment], heads: Heads, capacity: int) -> Iterator
                 yield _Tile(q0, q1, segment.k_start, k1, h0, min(h0 + kv_heads, heads.num_kv))
 
 
+def tile_elements(segments: Sequence[Segment], heads: Heads, *, backward: bool) -> int:
+    """Elements that a tile allocates at most, beside the score buffers.
+
+    Args:
+        segments: of the batch.
+        heads: the division into heads.
+        backward: whether keys' gradients are formed too.
+
+    Returns:
+        Folded rows of q, do and their product, or the gradient of the tile's keys.
+    """
+    keys = max(segment.k_stop - segment.k_start for segment in segments)
+    capacity = score_elements(keys, heads.group)
+    most = 0
+    for tile in _tiles(segments, heads, capacity):
+        kv_heads = tile.h1 - tile.h0
+        rows = (tile.q1 - tile.q0) * kv_heads * heads.group * heads.dim
+        per_key = (tile.k1 - tile.k0) * kv_heads * heads.dim if backward else 0
+        most = max(most, (3 if backward else 2) * rows, 2 * rows + per_key)
+    return most
+
+
 def _fold(x: Tensor, tile: _Tile, heads: Heads) -> Tensor:
     """Rows of q-like `x` as `(kv heads, rows * group, dim)`; a view of `x` where that can be."""
     rows = x[tile.q0 : tile.q1].view(tile.q1 - tile.q0, heads.num_kv, heads.group, heads.dim)

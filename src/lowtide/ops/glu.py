@@ -44,6 +44,13 @@ class GluBuffers(NamedTuple):
     width: int
 
 
+class Columns(NamedTuple):
+    """G and U, each `(T, I)`, kept from the forward for the backward."""
+
+    gate: Tensor
+    up: Tensor
+
+
 def _input_h(n: Tensor, lora: Lora | None) -> Tensor | None:
     """`h = D(n) A^T (T, r)` of an adapted gate or up projection."""
     return None if lora is None else lora_h(n, lora)
@@ -70,25 +77,27 @@ def _columns(
     return weight
 
 
-def glu_forward(n: Tensor, mlp: Glu, out: Tensor, buffers: GluBuffers) -> None:
+def glu_forward(
+    n: Tensor, mlp: Glu, out: Tensor, buffers: GluBuffers, keep: Columns | None = None
+) -> None:
     """`out += MLP(n)`.
 
     Args:
         n: `(T, H)`.
         mlp: the three linears; intermediate size I.
         out: `(T, H)`, added to: the residual is already there.
-        buffers: see `GluBuffers`; the activations' first two are used.
+        buffers: see `GluBuffers`; the activations' first three are used.
+        keep: overwritten with G and U; None where the backward recomputes them.
     """
     tokens = n.shape[0]
     down = mlp.down.lora
     h_gate, h_up = _input_h(n, mlp.gate.lora), _input_h(n, mlp.up.lora)
     h_down = None if down is None else _down_h(n, down)
     for start, stop in spans(mlp.gate.weight.shape[0], buffers.width):
-        shape = (tokens, stop - start)
-        gate, up = (b[: shape[0] * shape[1]].view(shape) for b in buffers.activations[:2])
+        gate, up, other = _activations(buffers, tokens, (start, stop), keep)[:3]
         _columns(n, mlp.gate, h_gate, (start, stop), buffers.tiles[0], gate)
         _columns(n, mlp.up, h_up, (start, stop), buffers.tiles[0], up)
-        act = torch.nn.functional.silu(gate, inplace=True).mul_(up)
+        act = torch.ops.aten.silu.out(gate, out=gate if keep is None else other).mul_(up)
         out.addmm_(act, mlp.down.weight.cols(start, stop, buffers.tiles[0]).t())
         if down is not None and h_down is not None:
             h_down.addmm_(dropped(act, down, start), down.a[:, start:stop].t())
@@ -156,8 +165,26 @@ class _Down:
             emit(self.da, to_rank(dy.t(), self.h).contiguous().mul_(self.lora.scale))
 
 
+def _activations(
+    buffers: GluBuffers, tokens: int, span: tuple[int, int], kept: Columns | None
+) -> list[Tensor]:
+    """Four `(T, stop - start)`: the first two are for G and U, where they are kept if they are."""
+    shape = (tokens, span[1] - span[0])
+    parts = [b[: shape[0] * shape[1]].view(shape) for b in buffers.activations]
+    if kept is not None:
+        parts[:2] = [whole[:, slice(*span)] for whole in kept]
+    return parts
+
+
 def glu_backward(
-    dy: Tensor, n: Tensor, mlp: Glu, dn: Tensor, buffers: GluBuffers, *, emits: Sequence[Emit]
+    dy: Tensor,
+    n: Tensor,
+    mlp: Glu,
+    dn: Tensor,
+    buffers: GluBuffers,
+    *,
+    emits: Sequence[Emit],
+    kept: Columns | None = None,
 ) -> None:
     """`dn = d MLP(n) / dn` applied to `dy`, recomputing each tile of G and U from `n`.
 
@@ -168,19 +195,23 @@ def glu_backward(
         dn: `(T, H)`, overwritten.
         buffers: see `GluBuffers`.
         emits: one per linear (gate, up, down), called with its (dA, dB).
+        kept: G and U of the forward instead of recomputing them; overwritten.
     """
     tokens = n.shape[0]
     dn.zero_()
     gate_grads, up_grads = _Branch(n, mlp.gate), _Branch(n, mlp.up)
     down_grads = _Down(dy, mlp.down.lora)
     for start, stop in spans(mlp.gate.weight.shape[0], buffers.width):
-        shape = (tokens, stop - start)
-        gate, up, other, dact = (b[: shape[0] * shape[1]].view(shape) for b in buffers.activations)
+        gate, up, other, dact = _activations(buffers, tokens, (start, stop), kept)
         # First, so that the down projection's tile is free again for the gate's.
         torch.mm(dy, mlp.down.weight.cols(start, stop, buffers.tiles[0]), out=dact)
         down_grads.input_gradient(dact, start)
-        w_gate = _columns(n, mlp.gate, gate_grads.h, (start, stop), buffers.tiles[0], gate)
-        w_up = _columns(n, mlp.up, up_grads.h, (start, stop), buffers.tiles[1], up)
+        if kept is None:
+            w_gate = _columns(n, mlp.gate, gate_grads.h, (start, stop), buffers.tiles[0], gate)
+            w_up = _columns(n, mlp.up, up_grads.h, (start, stop), buffers.tiles[1], up)
+        else:
+            w_gate = mlp.gate.weight.rows(start, stop, buffers.tiles[0])
+            w_up = mlp.up.weight.rows(start, stop, buffers.tiles[1])
         down_grads.tile(torch.ops.aten.silu.out(gate, out=other).mul_(up), start, stop)
         d_silu = torch.mul(dact, up, out=other)
         d_up = torch.ops.aten.silu.out(gate, out=up).mul_(dact)  # cheaper than a fifth buffer

@@ -1,0 +1,267 @@
+"""What a run will need, predicted before it starts, and the fastest setting that fits a budget.
+
+The bytes of a step by kind follow from `ModelSpec`, the batch, the adapter and the options: every
+buffer is one that the code below `methods` makes, counted with the same functions. What is not a
+buffer is small: an adapter's gradients and rank-sized products on their way to the optimiser, tiles
+of attention, the product library's packing buffers, pages that malloc keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from lowtide.errors import ConfigError
+from lowtide.methods.options import MethodOptions
+from lowtide.model.adapter import LoraConfig
+from lowtide.model.kept import kept_elements
+from lowtide.model.spec import ModelSpec
+from lowtide.model.workspace import TILES, Workspace
+from lowtide.ops.attention import Heads, self_segments, tile_elements
+
+KINDS = (
+    "adapter", "optimizer", "gradients", "block inputs", "kept blocks", "stored h", "buffers",
+    "intermediates", "model", "libraries",
+)  # fmt: skip
+PLANNED = ("mesp", "lcsb", "mezo")
+"""Methods whose memory is planned; the others' is autograd's to decide."""
+_LIBRARIES = 4_500_000
+_MOMENTS = {"sgd": 0, "adamw": 2}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a run is to do, none of which the planner may change.
+
+    Attributes:
+        spec: the model.
+        config: the adapter.
+        method: one of PLANNED.
+        optimizer: its name.
+        momentum: whether sgd keeps a buffer.
+        accumulates: whether the gradients of all parameters live at once.
+        lengths: tokens of each sequence of the largest batch.
+        dtype: of the computation.
+    """
+
+    spec: ModelSpec
+    config: LoraConfig
+    method: str
+    optimizer: str
+    momentum: bool
+    accumulates: bool
+    lengths: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the largest batch."""
+        return sum(self.lengths)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A setting and what it is predicted to take.
+
+    Attributes:
+        options: of the method.
+        by_kind: bytes by KINDS at the step's peak.
+    """
+
+    options: MethodOptions
+    by_kind: dict[str, int]
+
+    @property
+    def predicted_peak_bytes(self) -> int:
+        """Of `peak_anon_bytes`."""
+        return sum(self.by_kind.values())
+
+
+def predict(work: Workload, options: MethodOptions) -> Plan:
+    """Bytes by kind at the peak of a step.
+
+    Args:
+        work: what is to be done.
+        options: how.
+
+    Returns:
+        The plan of these options.
+    """
+    spec, size, tokens = work.spec, work.dtype.itemsize, work.tokens
+    layers, rank = spec.num_layers, work.config.r
+    adapter = adapter_parameters(spec, work.config)
+    moments = 1 if work.momentum and work.optimizer == "sgd" else _MOMENTS[work.optimizer]
+    backward = work.method != "mezo"
+    elements = {
+        "adapter": adapter,
+        "optimizer": moments * adapter,
+        "gradients": adapter if work.accumulates else 0,
+        "block inputs": _row_count(work, options) * tokens * spec.hidden_size,
+        "kept blocks": options.keep_blocks * kept_elements(spec) * tokens,
+        "stored h": 0
+        if options.recompute_h
+        else len(work.config.linears()) * layers * rank * tokens,
+        "intermediates": _intermediates(work, backward),
+        "model": layers * (2 * spec.hidden_size + _biases(spec)) + spec.hidden_size,
+    }
+    by_kind = {kind: count * size for kind, count in elements.items()}
+    if options.block_inputs == "file":
+        by_kind["block inputs"] = 0
+    by_kind["buffers"] = _workspace_bytes(work, options.tiles)
+    by_kind["libraries"] = _LIBRARIES
+    return Plan(options, {kind: by_kind[kind] for kind in KINDS})
+
+
+def adapter_parameters(spec: ModelSpec, config: LoraConfig) -> int:
+    """Parameters of an adapter on every block."""
+    return spec.num_layers * config.r * sum(sum(spec.linear_shape(n)) for n in config.linears())
+
+
+def _row_count(work: Workload, options: MethodOptions) -> int:
+    """Hidden-sized rows of `methods.structured.places`."""
+    if work.method == "mezo":
+        return 2
+    layers = work.spec.num_layers
+    if work.method == "lcsb":
+        return (options.lcsb_blocks or max(1, layers // 2)) + 2
+    return layers + 1
+
+
+def _workspace_bytes(work: Workload, tiles: str) -> int:
+    with torch.device("meta"):
+        return Workspace(work.spec, work.tokens, max(work.lengths), work.dtype, tiles).nbytes
+
+
+def _biases(spec: ModelSpec) -> int:
+    return sum(spec.linear_shape(name)[0] for name in spec.biased)
+
+
+def _intermediates(work: Workload, backward: bool) -> int:
+    """What is allocated and freed within a block, at its largest."""
+    spec, tokens, rank = work.spec, work.tokens, work.config.r
+    rotary = tokens * spec.head_dim
+    statistics = tokens * (2 * spec.num_heads + 3)
+    heads = Heads(spec.num_heads, spec.num_kv_heads, spec.head_dim)
+    attention = tile_elements(self_segments(work.lengths), heads, backward=backward)
+    # gate's and up's dB and down's dA, one of them once more as the sink wants it; h and dh.
+    mlp = 0
+    if backward:
+        mlp = rank * (4 * spec.intermediate_size + spec.hidden_size + 6 * tokens)
+    dropout = 0
+    if work.config.lora_dropout:  # three masks of 8 bytes, and the input as masked
+        dropout = tokens * max(spec.hidden_size, spec.q_width) * (3 * 8 // work.dtype.itemsize + 2)
+    return rotary + statistics + max(attention, mlp) + dropout
+
+
+def candidates(work: Workload, asked: MethodOptions) -> Iterator[Plan]:
+    """Settings from the fastest to the smallest; what was asked for is not changed.
+
+    Args:
+        work: what is to be done.
+        asked: options; those that differ from their defaults are the user's.
+
+    Yields:
+        Plans of falling speed.
+    """
+    usual = MethodOptions()
+    keeps = [asked.keep_blocks]
+    if work.method == "mesp" and asked.keep_blocks == usual.keep_blocks:
+        keeps = list(range(work.spec.num_layers, -1, -1))
+    places = [asked.block_inputs]
+    if work.method == "mesp" and asked.block_inputs == usual.block_inputs:
+        places = ["memory", "file"]
+    tiles = [asked.tiles] if asked.tiles != usual.tiles else list(TILES)
+    yield from (predict(work, replace(asked, keep_blocks=n)) for n in keeps)
+    for place in places:
+        for tile in tiles:
+            smallest = replace(asked, keep_blocks=keeps[-1], block_inputs=place, tiles=tile)
+            yield predict(work, smallest)
+
+
+def choose(work: Workload, asked: MethodOptions, budget_bytes: int) -> Plan:
+    """The fastest setting within a budget.
+
+    Args:
+        work: what is to be done.
+        asked: options; those that differ from their defaults are kept.
+        budget_bytes: for `peak_anon_bytes`.
+
+    Returns:
+        The first of `candidates` that fits.
+
+    Raises:
+        ConfigError: none fits; says the smallest budget that would do, and the longest sequence
+            that this one allows.
+    """
+    check_planned(work.method)
+    plans = list(candidates(work, asked))
+    for plan in plans:
+        if plan.predicted_peak_bytes <= budget_bytes:
+            return plan
+    least = min(plan.predicted_peak_bytes for plan in plans)
+    length = longest_that_fits(work, asked, budget_bytes)
+    shorter = (
+        f"sequences of up to {length:,} tokens would fit"
+        if length
+        else "no sequence length would fit: lower --lora-r, adapt fewer linears with "
+        "--target-modules, or take --optimizer sgd"
+    )
+    raise ConfigError(
+        f"--memory-budget {budget_bytes / 1e6:,.1f} MB is too small for {work.tokens:,} tokens: "
+        f"the smallest that would do is {round_up(least)} MB; with this budget {shorter}."
+    )
+
+
+def round_up(count: int) -> str:
+    """Bytes as MB, rounded up to a tenth, so that the figure can be given as a budget."""
+    return f"{-(-count // 100_000) / 10:,.1f}"
+
+
+def longest_that_fits(work: Workload, asked: MethodOptions, budget_bytes: int) -> int:
+    """The longest sequence, in a batch of as many, that some setting fits into a budget.
+
+    Args:
+        work: whose lengths are replaced.
+        asked: options.
+        budget_bytes: for `peak_anon_bytes`.
+
+    Returns:
+        Tokens, at most the model's positions; 0 where not even two fit.
+    """
+
+    def fits(length: int) -> bool:
+        at = replace(work, lengths=(length,) * len(work.lengths))
+        return any(p.predicted_peak_bytes <= budget_bytes for p in candidates(at, asked))
+
+    low, high = 1, work.spec.max_positions
+    if fits(high):
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low if low > 1 else 0
+
+
+def check_planned(method: str) -> None:
+    """Refuse a method whose memory cannot be planned.
+
+    Args:
+        method: its name.
+
+    Raises:
+        ConfigError: names those that can.
+    """
+    if method not in PLANNED:
+        raise ConfigError(
+            f"--memory-budget cannot be kept by --method {method}, whose memory autograd decides. "
+            f"Use one of {', '.join(PLANNED)}."
+        )
+
+
+def chosen(options: MethodOptions) -> dict[str, Any]:
+    """What the planner decided, by setting."""
+    names = ("keep_blocks", "block_inputs", "tiles")
+    return {name: getattr(options, name) for name in names}

@@ -1,0 +1,55 @@
+"""Intermediates of some blocks, kept from the forward: memory for time."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+
+from lowtide.ops.glu import Columns
+
+from .block import Kept
+from .spec import ModelSpec
+
+
+class KeptBlocks:
+    """Room for what the backward of some blocks would recompute, all in one tensor."""
+
+    def __init__(
+        self, spec: ModelSpec, layers: Collection[int], max_tokens: int, dtype: torch.dtype
+    ) -> None:
+        """Make room for batches of up to `max_tokens` tokens; `layers` are 0-based."""
+        self.layers = frozenset(layers)
+        self._spec, self._max_tokens = spec, max_tokens
+        self._flat = torch.empty(len(layers), kept_elements(spec) * max_tokens, dtype=dtype)
+        self._places = {layer: place for place, layer in enumerate(sorted(layers))}
+        self._blocks: dict[int, Kept] = {}
+
+    def fits(self, tokens: int) -> bool:
+        """Whether a batch of that many tokens fits."""
+        return tokens <= self._max_tokens
+
+    def start(self, tokens: int) -> None:
+        """Begin a step: forget what was kept, and take the shapes of this batch."""
+        spec = self._spec
+        widths = _widths(spec)
+        for layer, place in self._places.items():
+            row = self._flat[place, : kept_elements(spec) * tokens]
+            parts = torch.split(row, [tokens * width for width in widths])
+            q, k, v, o, mid, gate, up = (part.view(tokens, -1) for part in parts)
+            self._blocks[layer] = Kept(q, k, v, o, mid, Columns(gate, up))
+
+    def of(self, layer: int) -> Kept | None:
+        """What is kept of a block in this step; None where nothing is."""
+        return self._blocks.get(layer)
+
+
+def _widths(spec: ModelSpec) -> tuple[int, ...]:
+    """Of q, k, v, o, the middle residual, gate and up."""
+    q, kv, inner = spec.q_width, spec.kv_width, spec.intermediate_size
+    return (q, kv, kv, q, spec.hidden_size, inner, inner)
+
+
+def kept_elements(spec: ModelSpec) -> int:
+    """Elements per token that one kept block takes."""
+    return sum(_widths(spec))

@@ -7,6 +7,9 @@ import os
 # process, threads that sleep at once pay a wake-up each time. So: spin briefly, then sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+# Read by MKL: packing buffers of products go back to malloc instead of being kept per thread and
+# per kind of product, 1 to 7 MB that nobody else could use.
+os.environ.setdefault("MKL_DISABLE_FAST_MM", "1")
 
 from lowtide.infer.generate import generate, logits
 from lowtide.memory.measure import mark_import

@@ -156,7 +156,7 @@ def test_a_copied_weight_trips_its_guard(model: Decoder) -> None:
 def test_a_wider_mlp_tile_trips_the_guard(
     model: Decoder, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lowtide.model.workspace.mlp_tile_width", lambda spec, tokens: INNER)
+    monkeypatch.setattr("lowtide.model.workspace.mlp_tile_width", lambda *_: INNER)
     watch = _watch(model, batch, "mesp")
     assert _between(watch.allocated, TOKENS * INNER, math.inf)
     assert GUARDS["a wide copy of a weight"](watch)

@@ -8,7 +8,7 @@ of attention, the product library's packing buffers, pages that malloc keeps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +28,7 @@ KINDS = (
 )  # fmt: skip
 PLANNED = ("mesp", "lcsb", "mezo")
 """Methods whose memory is planned; the others' is autograd's to decide."""
-_LIBRARIES = 4_500_000
+_LIBRARIES = 3_000_000
 _MOMENTS = {"sgd": 0, "adamw": 2}
 
 
@@ -45,6 +45,7 @@ class Workload:
         accumulates: whether the gradients of all parameters live at once.
         lengths: tokens of each sequence of the largest batch.
         dtype: of the computation.
+        widened: whether weights are stored in another dtype, so that tiles are widened.
     """
 
     spec: ModelSpec
@@ -55,6 +56,7 @@ class Workload:
     accumulates: bool
     lengths: tuple[int, ...]
     dtype: torch.dtype = torch.float32
+    widened: bool = True
 
     @property
     def tokens(self) -> int:
@@ -110,7 +112,7 @@ def predict(work: Workload, options: MethodOptions) -> Plan:
     by_kind = {kind: count * size for kind, count in elements.items()}
     if options.block_inputs == "file":
         by_kind["block inputs"] = 0
-    by_kind["buffers"] = _workspace_bytes(work, options.tiles)
+    by_kind["buffers"] = _workspace_bytes(work, options)
     by_kind["libraries"] = _LIBRARIES
     return Plan(options, {kind: by_kind[kind] for kind in KINDS})
 
@@ -130,9 +132,14 @@ def _row_count(work: Workload, options: MethodOptions) -> int:
     return layers + 1
 
 
-def _workspace_bytes(work: Workload, tiles: str) -> int:
+def _workspace_bytes(work: Workload, options: MethodOptions) -> int:
     with torch.device("meta"):
-        return Workspace(work.spec, work.tokens, max(work.lengths), work.dtype, tiles).nbytes
+        ws = Workspace(work.spec, work.tokens, max(work.lengths), work.dtype, options.tiles)
+    return ws.nbytes - ws.untouched_bytes(
+        backward=work.method != "mezo",
+        widened=work.widened,
+        recomputes=options.keep_blocks < work.spec.num_layers,
+    )
 
 
 def _biases(spec: ModelSpec) -> int:
@@ -142,18 +149,30 @@ def _biases(spec: ModelSpec) -> int:
 def _intermediates(work: Workload, backward: bool) -> int:
     """What is allocated and freed within a block, at its largest."""
     spec, tokens, rank = work.spec, work.tokens, work.config.r
+    wide = max(spec.hidden_size, spec.q_width)
     rotary = tokens * spec.head_dim
     statistics = tokens * (2 * spec.num_heads + 3)
     heads = Heads(spec.num_heads, spec.num_kv_heads, spec.head_dim)
     attention = tile_elements(self_segments(work.lengths), heads, backward=backward)
-    # gate's and up's dB and down's dA, one of them once more as the sink wants it; h and dh.
-    mlp = 0
+    targets = work.config.linears()
     if backward:
-        mlp = rank * (4 * spec.intermediate_size + spec.hidden_size + 6 * tokens)
+        adapters = rank * (_gradient_columns(spec, targets) + 6 * tokens)
+    else:  # a block has a moved copy of its adapter, and a direction is drawn
+        adapters = adapter_parameters(spec, work.config) // spec.num_layers
     dropout = 0
-    if work.config.lora_dropout:  # three masks of 8 bytes, and the input as masked
-        dropout = tokens * max(spec.hidden_size, spec.q_width) * (3 * 8 // work.dtype.itemsize + 2)
-    return rotary + statistics + max(attention, mlp) + dropout
+    if work.config.lora_dropout:  # the input as masked; down's comes in tiles, which are narrower
+        masked = tokens * max(min(spec.linear_shape(name)[1], wide) for name in targets)
+        dropout = 5 * masked // 2  # one copy, and holes of its size in malloc's heap
+    return rotary + statistics + max(attention, adapters) + dropout
+
+
+def _gradient_columns(spec: ModelSpec, targets: Sequence[str]) -> int:
+    """Columns of A and B whose gradients live at one time: the MLP's, or one linear's."""
+    inner, hidden = spec.intermediate_size, spec.hidden_size
+    mlp = [name for name in targets if name.startswith("mlp.")]
+    # gate's and up's dB and down's dA grow over the tiles; then one is laid out for the sink.
+    both = (len(mlp) + 1) * inner + hidden if mlp else 0
+    return max(both, *(sum(spec.linear_shape(name)) for name in targets))
 
 
 def candidates(work: Workload, asked: MethodOptions) -> Iterator[Plan]:

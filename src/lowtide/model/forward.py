@@ -38,9 +38,10 @@ def blocks_forward(
     Returns:
         The last block's output, the last of `inputs`.
     """
-    walk = zip(blocks, pairwise(inputs), strict=True)
-    for (block, (x, out)), keep in zip(walk, keeps, strict=False):
-        block_forward(x, block, at, ws, out=out, keep=keep)
+    each = iter(blocks)
+    for (x, out), keep in zip(pairwise(inputs), keeps, strict=False):
+        # A block lives for this call only: mezo's hold moved copies of the adapter.
+        block_forward(x, next(each), at, ws, out=out, keep=keep)
     return inputs[-1]
 
 

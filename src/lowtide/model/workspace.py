@@ -63,8 +63,12 @@ class Workspace:
         self.max_length = max_length
         self.dtype = dtype
         width = mlp_tile_width(spec, max_tokens, tiles)
-        wide = max_tokens * max(spec.hidden_size, spec.q_width)
-        self._wide = [torch.empty(wide, dtype=dtype) for _ in range(5)]
+        hidden, either = spec.hidden_size, max(spec.hidden_size, spec.q_width)
+        scratch = max(hidden, spec.q_width // 2, spec.kv_width // 2)
+        self._wide = [
+            torch.empty(max_tokens * columns, dtype=dtype)
+            for columns in (hidden, either, either, either, scratch)
+        ]
         self._narrow = [torch.empty(max_tokens * spec.kv_width, dtype=dtype) for _ in range(4)]
         self.tile = torch.empty(2 * width * spec.hidden_size, dtype=dtype)
         self._columns = torch.empty(4 * width * max_tokens, dtype=dtype)
@@ -79,6 +83,24 @@ class Workspace:
     def nbytes(self) -> int:
         """Bytes reserved."""
         parts = [*self._wide, *self._narrow, self.tile, self._columns, *self.scores]
+        return sum(part.numel() for part in parts) * self.dtype.itemsize
+
+    def untouched_bytes(self, *, backward: bool, widened: bool, recomputes: bool) -> int:
+        """Bytes reserved that a step of the largest batch never touches.
+
+        Args:
+            backward: whether there is one.
+            widened: whether tiles are copies of the weights in another dtype.
+            recomputes: whether any block is recomputed, instead of all being kept.
+        """
+        spec, tokens = self.spec, self.max_tokens
+        parts = [] if widened else [self.tile]
+        if not backward:
+            rotated = tokens * max(spec.q_width, spec.kv_width) // 2
+            parts += [self._wide[3], self._wide[4][rotated:], *self._narrow[2:], self.scores[1]]
+        elif not recomputes:
+            parts += [wide[tokens * spec.hidden_size :] for wide in self._wide[1:3]]
+            parts += self._narrow[:2]
         return sum(part.numel() for part in parts) * self.dtype.itemsize
 
     def fits(self, tokens: int, length: int) -> bool:

@@ -13,9 +13,10 @@ from torch import Tensor
 _ROW_STEP, _COL_STEP = 0x1E3779B9, 0x5BD1E995
 _MIX_1, _MIX_2 = 0x2C1B3C6D, 0x297A2D39
 _MASK_31 = 0x7FFFFFFF
+_DRAWN_ELEMENTS = 1 << 15
 
 
-def dropout_scale(x: Tensor, p: float, seed: int, first_col: int = 0) -> Tensor:
+def dropout_scale(x: Tensor, p: float, seed: int, first_col: int = 0, first_row: int = 0) -> Tensor:
     """The factors that dropout multiplies by: `1 / (1 - p)` where kept, 0 where dropped.
 
     Args:
@@ -23,17 +24,26 @@ def dropout_scale(x: Tensor, p: float, seed: int, first_col: int = 0) -> Tensor:
         p: probability that an element is dropped, `0 <= p < 1`.
         seed: any integer; one per module and step.
         first_col: the column of the whole activation at which this tile begins.
+        first_row: its first row.
 
     Returns:
-        `(T, C)` in the dtype of `x`.
+        `(T, C)` in the dtype of `x`; what the draw takes beside it does not grow with T.
     """
-    rows = torch.arange(x.shape[0], dtype=torch.int64, device=x.device)
+    rows = torch.arange(first_row, first_row + x.shape[0], dtype=torch.int64, device=x.device)
     cols = torch.arange(first_col, first_col + x.shape[1], dtype=torch.int64, device=x.device)
     row_key = _mix(rows * _ROW_STEP + (seed & _MASK_31))
     col_key = _mix(cols * _COL_STEP + ((seed >> 31) & _MASK_31))
-    bits = _mix(row_key.unsqueeze(1) * 3 + col_key.unsqueeze(0))
-    keep = bits >= int(p * (_MASK_31 + 1))
-    return keep.to(x.dtype).mul_(1.0 / (1.0 - p))
+    scale = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for start, stop in row_spans(x.shape[0], x.shape[1]):
+        bits = _mix(row_key[start:stop].unsqueeze(1) * 3 + col_key.unsqueeze(0))
+        scale[start:stop] = bits >= int(p * (_MASK_31 + 1))
+    return scale.mul_(1.0 / (1.0 - p))
+
+
+def row_spans(rows: int, columns: int) -> list[tuple[int, int]]:
+    """`[0, rows)` in spans of some 32,000 elements."""
+    step = max(1, _DRAWN_ELEMENTS // max(1, columns))
+    return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def _mix(value: Tensor) -> Tensor:

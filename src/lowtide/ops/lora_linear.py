@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dropout import dropout_scale
+from .dropout import dropout_scale, row_spans
 from .frozen import FrozenMatrix, matmul_, matmul_t_
 
 
@@ -97,8 +97,11 @@ def add_lora_input_gradient_(dx: Tensor, dh: Tensor, lora: Lora, first_col: int 
     a = lora.a[:, first_col : first_col + dx.shape[1]]
     if lora.dropout == 0.0:
         dx.addmm_(dh, a)
-    else:
-        dx.add_((dh @ a).mul_(dropout_scale(dx, lora.dropout, lora.seed, first_col)))
+        return
+    for start, stop in row_spans(*dx.shape):
+        rows = dx[start:stop]
+        scale = dropout_scale(rows, lora.dropout, lora.seed, first_col, start)
+        rows.add_(scale.mul_(dh[start:stop] @ a))
 
 
 def linear_forward(x: Tensor, linear: Linear, out: Tensor, tile: Tensor, beta: float = 0.0) -> None:

@@ -32,9 +32,11 @@ class MappedMatrix:
         return self._stored.numel() * self._stored.element_size()
 
     def rows_per_tile(self, buffer: Tensor) -> int:
-        """Rows that one call of `rows` may ask for: all of them where nothing is widened."""
-        if self._direct:
-            return self._stored.shape[0]
+        """Rows that one call of `rows` may ask for.
+
+        No more where nothing is widened: the product library packs what it is given into memory
+        of its own.
+        """
         return max(1, buffer.numel() // self._stored.shape[1])
 
     def rows(self, start: int, stop: int, buffer: Tensor) -> Tensor:

@@ -155,11 +155,10 @@ def test_both_compute_dtypes_see_the_same_weights(name: str) -> None:
     assert matrix(name, w).whole().double().equal(matrix(name, w, torch.float64).whole())
 
 
-@pytest.mark.parametrize("name", STORAGES)
+# The ends of an asymmetric group are rounded to its zero point's grid, which changes its scale.
+@pytest.mark.parametrize("name", [name for name in STORAGES if "asym" not in name])
 def test_what_was_quantised_stays_when_quantised_again(name: str) -> None:
     """Levels are fixed points, where the group's largest weight keeps its scale."""
-    if "asym" in name:
-        pytest.skip("the ends of an asymmetric group are rounded to its zero point's grid")
     once = matrix(name, weights(33, 64)).whole()
     assert matrix(name, once).whole().equal(once)
 

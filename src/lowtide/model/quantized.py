@@ -212,16 +212,26 @@ def _check_out(out: Path, source: Path, overwrite: bool) -> None:
     held = {path.name for path in out.iterdir()}
     if not held or held <= set(_UNFINISHED):
         return
-    if MANIFEST_FILE not in held and JOURNAL_FILE not in held:
+    if JOURNAL_FILE in held and MANIFEST_FILE not in held:
+        return
+    if MANIFEST_FILE not in held and not _is_marked(out):
         raise OutputError(
             f"{out} holds files that `lowtide quantize` did not write "
             f"({', '.join(sorted(held)[:3])}). Name another directory."
         )
-    if MANIFEST_FILE in held and not overwrite:
+    if not overwrite:
         raise OutputError(
             f"{out} already holds a quantised model. Choose another directory, replace it with "
             "--overwrite, or read every byte of it with --verify."
         )
+
+
+def _is_marked(out: Path) -> bool:
+    """Whether its config.json is one that `quantize_model` wrote."""
+    try:
+        return STORAGE_KEY in read_config(out).get("quantization_config", {})
+    except (ModelError, TypeError):
+        return False
 
 
 def _copy_files(source: Path, out: Path) -> None:

@@ -57,7 +57,8 @@ def test_the_pages_show_commands() -> None:
 def test_commands_of(page: Path, workplace: Path) -> None:
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"}
+    cache = str(workplace / "cache")
+    environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": cache}
     for language, content in fences(page):
         if language == "python":
             run = [sys.executable, "-c", content]

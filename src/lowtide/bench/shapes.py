@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from lowtide.caches import cache_root
 from lowtide.config import did_you_mean, setting
 from lowtide.errors import KINDS, LowtideError, ModelError, OutputError
 from lowtide.model.families import spec_from_config
@@ -61,9 +62,7 @@ class ShapeSettings:
 
 def default_cache_dir() -> Path:
     """`$XDG_CACHE_HOME/lowtide/shapes`, or `~/.cache/lowtide/shapes`."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(base) if Path(base).is_absolute() else Path("~/.cache").expanduser()
-    return root / "lowtide" / "shapes"
+    return cache_root() / "shapes"
 
 
 def cache_directory(cache_dir: str | None) -> Path:

@@ -131,7 +131,7 @@ def bench_step(
 
 def described(settings: BenchStepSettings) -> dict[str, Any]:
     """What a result says of its settings, the method's own options among them."""
-    names = ("model", "seq_len", "batch_size", "optimizer", "lora_r")
+    names = ("model", "quantize", "seq_len", "batch_size", "optimizer", "lora_r")
     return {
         name: getattr(settings, name) for name in ("method", *OPTIONS_OF[settings.method], *names)
     }

@@ -18,6 +18,7 @@ from lowtide.model.adapter import Adapter
 from lowtide.model.batch import Batch
 from lowtide.model.decoder import Decoder
 from lowtide.model.spec import LINEARS, ModelSpec
+from lowtide.weights.checkpoint import dtype_name
 
 _MARGIN_BYTES = 32_000_000
 _TILE_WIDTH, _TILES = 512, 2_000_000  # of `model.workspace`: columns at most, elements of tiles
@@ -37,11 +38,6 @@ class Truth:
         """`autograd float64`; with how mebp forms its loss."""
         full = " with full logits" if self.options.mebp_loss == "full" else ""
         return f"{self.method} {dtype_name(self.dtype)}{full}"
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """`float32`."""
-    return str(dtype).removeprefix("torch.")
 
 
 def choose_truth(model: Decoder, adapter: Adapter, batch: Batch, available: int) -> Truth:

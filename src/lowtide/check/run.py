@@ -27,10 +27,11 @@ from torch import Tensor
 from lowtide.methods import METHODS, MethodOptions, get_method, gradients
 from lowtide.model.adapter import Adapter, LoraConfig
 from lowtide.model.batch import Batch
-from lowtide.model.decoder import Decoder, load_model
+from lowtide.model.decoder import Decoder
+from lowtide.weights.checkpoint import dtype_name
 
 from .compare import Comparison, compare, cosine, measured_against, relative_errors
-from .fits import Truth, choose_truth, dtype_name
+from .fits import Truth, choose_truth
 
 FLOAT64_BOUND = 1e-9
 DRAWS, FLOAT32_FACTOR, FLOAT32_EPS = 5, 2 * 8, 16
@@ -106,7 +107,7 @@ class _Subject:
         if dtype == self.model.compute_dtype:
             return self
         moved = {name: p.to(dtype) for name, p in self.adapter.items()}
-        model = load_model(self.model.directory, dtype)
+        model = self.model.in_dtype(dtype)
         return _Subject(model, Adapter(self.adapter.config, moved), self.batch, self.seed)
 
 

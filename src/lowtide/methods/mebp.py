@@ -26,7 +26,7 @@ from lowtide.model.forward import embed, loss_backward_, loss_forward
 from lowtide.model.reference import Kernels, reference_block, reference_head
 from lowtide.model.workspace import Workspace
 from lowtide.ops.frozen import matmul_, matmul_t_
-from lowtide.weights.matrix import MappedMatrix
+from lowtide.weights.matrix import StoredMatrix
 
 from .base import GradSink, Step, require_finite
 from .buffers import Buffers
@@ -37,7 +37,7 @@ class _FrozenProduct(torch.autograd.Function):
     """`y = x W^T`, `dx = dy W`: saves nothing, and widens W tile by tile both times."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: MappedMatrix, tile: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: StoredMatrix, tile: Tensor) -> Tensor:
         ctx.weight, ctx.tile = weight, tile
         y = x.new_empty(x.shape[0], weight.shape[0])
         matmul_(y, x, weight, tile)
@@ -59,7 +59,7 @@ def _fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def lean_kernels(tile: Tensor) -> Kernels:
     """Kernels that widen weights into `tile`, a flat buffer."""
 
-    def product(x: Tensor, weight: MappedMatrix) -> Tensor:
+    def product(x: Tensor, weight: StoredMatrix) -> Tensor:
         y: Tensor = _FrozenProduct.apply(x, weight, tile)  # type: ignore[no-untyped-call]  # torch does not type it
         return y
 

@@ -14,11 +14,12 @@ from lowtide.ops.attention import Heads, Segment, self_segments
 from lowtide.ops.glu import Glu
 from lowtide.ops.lora_linear import Linear, Lora
 from lowtide.weights.checkpoint import Checkpoint
-from lowtide.weights.matrix import MappedMatrix
+from lowtide.weights.matrix import StoredMatrix
 
 from .block import Block, Positions
 from .families import read_config, spec_from_config
 from .hub import resolve_model
+from .quantized import cached_checkpoint
 from .rope import rope_tables
 from .spec import EMBEDDING, FINAL_NORM, HEAD, INPUT_NORM, LINEARS, MLP_NORM, ModelSpec
 
@@ -31,7 +32,7 @@ COMPUTE_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 class FrozenLinear(NamedTuple):
     """A linear of the checkpoint: mapped weight, and its bias in the compute dtype."""
 
-    weight: MappedMatrix
+    weight: StoredMatrix
     bias: Tensor | None
 
 
@@ -39,18 +40,27 @@ class Decoder:
     """A frozen model on mapped weights. Norm weights and biases, which are tiny, are widened."""
 
     def __init__(
-        self, spec: ModelSpec, checkpoint: Checkpoint, dtype: torch.dtype, dtype_reason: str
+        self,
+        spec: ModelSpec,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        dtype_reason: str,
+        directory: Path,
     ) -> None:
-        """Check the checkpoint against the spec and wrap its tensors; use `load_model`."""
+        """Check the checkpoint against the spec and wrap its tensors; use `load_model`.
+
+        `directory` is the model's; `checkpoint`, which may lie in a cache, has its weights.
+        """
         optional = [HEAD] if spec.tied_head else []
         checkpoint.check(spec.tensor_shapes(), optional)
         self.spec = spec
         self.checkpoint = checkpoint
+        self.directory = directory
         self.compute_dtype = dtype
         self.dtype_reason = dtype_reason
-        self.embedding = MappedMatrix(checkpoint[EMBEDDING], dtype)
-        head = EMBEDDING if spec.tied_head else HEAD
-        self.head = MappedMatrix(checkpoint[head], dtype)
+        table = (spec.vocab_size, spec.hidden_size)
+        self.embedding = checkpoint.matrix(EMBEDDING, table, dtype)
+        self.head = checkpoint.matrix(EMBEDDING if spec.tied_head else HEAD, table, dtype)
         self.final_norm = checkpoint[FINAL_NORM].to(dtype)
         self.linears: list[dict[str, FrozenLinear]] = []
         self.norms: list[tuple[Tensor, Tensor]] = []
@@ -62,18 +72,17 @@ class Decoder:
             )
 
     @property
-    def directory(self) -> Path:
-        """Where the model was loaded from."""
-        return self.checkpoint.directory
-
-    @property
     def stored_dtypes(self) -> list[str]:
-        """Dtypes found in the files, by name."""
-        names = {str(self.checkpoint[n].dtype) for n in self.spec.tensor_shapes()}
-        return sorted(name.removeprefix("torch.") for name in names)
+        """Dtypes and quantised storages found in the files, by name."""
+        return sorted({self.checkpoint.stored_as(name) for name in self.spec.tensor_shapes()})
+
+    def in_dtype(self, dtype: torch.dtype) -> Decoder:
+        """The same model, on the same mapped weights, computing in another dtype."""
+        return Decoder(self.spec, self.checkpoint, dtype, self.dtype_reason, self.directory)
 
     def _linear(self, prefix: str, name: str) -> FrozenLinear:
-        weight = MappedMatrix(self.checkpoint[prefix + ".weight"], self.compute_dtype)
+        shape = self.spec.linear_shape(name)
+        weight = self.checkpoint.matrix(prefix + ".weight", shape, self.compute_dtype)
         if name not in self.spec.biased:
             return FrozenLinear(weight, None)
         return FrozenLinear(weight, self.checkpoint[prefix + ".bias"].to(self.compute_dtype))
@@ -171,24 +180,36 @@ def choose_compute_dtype(requested: str | None) -> tuple[torch.dtype, str]:
     return COMPUTE_DTYPES[requested], f"{requested}: asked for"
 
 
-def load_model(model: str | Path, compute_dtype: str | torch.dtype | None = None) -> Decoder:
+def load_model(
+    model: str | Path,
+    compute_dtype: str | torch.dtype | None = None,
+    quantize: str | None = None,
+) -> Decoder:
     """Open a model for training or generation, on mapped weights.
 
     Args:
-        model: a local Hugging Face directory, or a hub id such as `Qwen/Qwen2.5-0.5B`.
+        model: a local Hugging Face directory, one that `lowtide quantize` wrote, or a hub id such
+            as `Qwen/Qwen2.5-0.5B`.
         compute_dtype: `float32` or `float64`, by name or as a torch dtype; None chooses and
             keeps the reason in `dtype_reason`.
+        quantize: a name of `weights.storages.STORAGES`, such as `int4`: the weights are quantised
+            into a cache once, and opened from there. None takes them as they are stored.
 
     Returns:
         The decoder. Weights are not read until they are used.
 
     Raises:
         ModelError: the model cannot be found, read, or is of a kind that is not supported.
-        ConfigError: the compute dtype is not supported.
+        ConfigError: the compute dtype or the storage is not supported.
+        OutputError: the cache cannot be written.
     """
     if isinstance(compute_dtype, torch.dtype):
         compute_dtype = str(compute_dtype).removeprefix("torch.")
     dtype, reason = choose_compute_dtype(compute_dtype)
     directory = resolve_model(str(model))
     spec = spec_from_config(read_config(directory))
-    return Decoder(spec, Checkpoint.open(directory), dtype, reason)
+    if quantize is None:
+        checkpoint = Checkpoint.open(directory)
+    else:
+        checkpoint = cached_checkpoint(directory, quantize)
+    return Decoder(spec, checkpoint, dtype, reason, directory)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lowtide.ops.dropout import dropout_scale
 from lowtide.ops.lora_linear import Lora
-from lowtide.weights.matrix import MappedMatrix
+from lowtide.weights.matrix import StoredMatrix
 
 from .adapter import Adapter
 from .batch import IGNORED, Batch
@@ -33,11 +33,11 @@ class Kernels(NamedTuple):
             repeated to as many heads as queries.
     """
 
-    product: Callable[[Tensor, MappedMatrix], Tensor]
+    product: Callable[[Tensor, StoredMatrix], Tensor]
     attend: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def plain_product(x: Tensor, weight: MappedMatrix) -> Tensor:
+def plain_product(x: Tensor, weight: StoredMatrix) -> Tensor:
     """With the whole weight widened; autograd keeps it for the backward."""
     return F.linear(x, weight.whole().to(x.dtype))
 

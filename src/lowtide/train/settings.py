@@ -8,6 +8,7 @@ from lowtide.config import setting
 from lowtide.methods import METHODS, MethodOptions
 from lowtide.model.adapter import ALL_LINEAR, LoraConfig
 from lowtide.model.decoder import COMPUTE_DTYPES
+from lowtide.weights.storages import STORAGES
 
 from .optim import OPTIMIZERS
 
@@ -24,6 +25,12 @@ class ModelSettings:
         None,
         help="dtype of activations and products; none chooses (`lowtide info` says why)",
         choices=tuple(COMPUTE_DTYPES),
+    )
+    quantize: str | None = setting(
+        None,
+        help="quantise the frozen weights, once, into ~/.cache/lowtide/quantized; none takes them "
+        "as they are stored",
+        choices=tuple(STORAGES),
     )
     threads: int | None = setting(
         None,

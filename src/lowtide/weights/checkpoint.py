@@ -1,7 +1,8 @@
 """A Hugging Face checkpoint: safetensors files, single or sharded, mapped and checked.
 
 Only headers are read when a checkpoint is opened. Pickled weights are refused: reading them could
-run code that the file contains.
+run code that the file contains. In a checkpoint that `lowtide quantize` wrote, every matrix is
+stored as the parts of a `storages.Storage`, named after it (`NAME.int4`, `NAME.scales`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ from torch import Tensor
 
 from lowtide.errors import ModelError, listed
 
+from .manifest import MANIFEST_FILE, STORAGE_KEY, Manifest
+from .matrix import MappedMatrix, StoredMatrix
+from .storages.base import QuantizedMatrix, Storage
+
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -25,10 +30,17 @@ _IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
 class Checkpoint:
     """The tensors of a model directory by Hugging Face name, on mapped memory."""
 
-    def __init__(self, directory: Path, tensors: Mapping[str, Tensor], files: list[Path]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        tensors: Mapping[str, Tensor],
+        files: list[Path],
+        storage: Storage | None = None,
+    ) -> None:
         """Wrap already opened tensors; use `Checkpoint.open`."""
         self.directory = directory
         self.files = files
+        self.storage = storage
         self._tensors = tensors
 
     @classmethod
@@ -42,14 +54,25 @@ class Checkpoint:
             The opened checkpoint; no weight has been read yet.
 
         Raises:
-            ModelError: a file is missing, truncated, corrupt or pickled.
+            ModelError: a file is missing, truncated, corrupt, pickled, or changed since
+                `lowtide quantize` wrote it.
         """
-        tensors: dict[str, Tensor] = {}
         files = weight_files(directory)
+        manifest = Manifest.find(directory)
+        if manifest is not None:
+            manifest.check_weights(directory / SINGLE_FILE)
+        tensors: dict[str, Tensor] = {}
         for path in files:
-            tensors.update(_map_file(path))
+            found, storage = _map_file(path)
+            tensors.update(found)
+            if storage is not None and manifest is None:
+                raise ModelError(
+                    f"{path} holds {storage} weights and there is no {MANIFEST_FILE} beside it: "
+                    "the directory was not finished, or not copied whole. Run `lowtide quantize` "
+                    "again."
+                )
         _check_index(directory, tensors)
-        return cls(directory, tensors, files)
+        return cls(directory, tensors, files, None if manifest is None else manifest.kind)
 
     @property
     def nbytes(self) -> int:
@@ -64,6 +87,19 @@ class Checkpoint:
         """Whether the checkpoint has a tensor of that name."""
         return name in self._tensors
 
+    def stored_as(self, name: str) -> str:
+        """The storage or the dtype of a tensor, by name."""
+        if name not in self._tensors and self.storage is not None:
+            return self.storage.name
+        return dtype_name(self._tensors[name].dtype)
+
+    def matrix(self, name: str, shape: tuple[int, int], compute_dtype: torch.dtype) -> StoredMatrix:
+        """The `(out, in)` matrix of that name, which `check` has found to be there."""
+        if self.storage is None:
+            return MappedMatrix(self._tensors[name], compute_dtype)
+        parts = {part: self._tensors[f"{name}.{part}"] for part in self.storage.entries(shape)}
+        return QuantizedMatrix(self.storage, parts, shape, compute_dtype)
+
     def check(self, expected: Mapping[str, tuple[int, ...]], optional: Iterable[str] = ()) -> None:
         """Compare names, shapes and dtypes with what the model needs, all problems at once.
 
@@ -74,31 +110,60 @@ class Checkpoint:
         Raises:
             ModelError: lists every missing, extra, wrongly shaped or wrongly stored tensor.
         """
+        entries = stored_entries(expected, self.storage)
         problems = [
             f"missing: {name} {list(shape)}"
-            for name, shape in expected.items()
+            for name, (_, shape) in entries.items()
             if name not in self._tensors
         ]
-        known = set(expected) | set(optional)
+        known = set(entries) | set(optional)
         for name, tensor in self._tensors.items():
-            if name in expected and tuple(tensor.shape) != expected[name]:
+            dtype, shape = entries.get(name, (None, ()))
+            if name in entries and tuple(tensor.shape) != shape:
                 problems.append(
                     f"wrong shape: {name} is {list(tensor.shape)}, config.json asks for "
-                    f"{list(expected[name])}"
+                    f"{list(shape)}"
                 )
             elif name not in known and not name.endswith(_IGNORED_SUFFIXES):
                 problems.append(f"extra: {name} {list(tensor.shape)}")
-            if name in expected and tensor.dtype not in STORED_DTYPES:
-                problems.append(
-                    f"dtype {str(tensor.dtype).removeprefix('torch.')}: {name} "
-                    "(float32, bfloat16 and float16 can be read)"
-                )
+            readable = STORED_DTYPES if dtype is None else (dtype,)
+            if name in entries and tensor.dtype not in readable:
+                names = " or ".join(map(dtype_name, readable))
+                problems.append(f"dtype {dtype_name(tensor.dtype)}: {name} (expected {names})")
         if problems:
             raise ModelError(
                 f"the weights in {self.directory} do not fit its config.json:\n"
                 f"{listed(problems)}\nCheck that config.json and the weights come from the same "
                 "model, and download it again if in doubt."
             )
+
+
+def stored_entries(
+    tensors: Mapping[str, tuple[int, ...]], storage: Storage | None
+) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
+    """What the tensors of a model are stored as: matrices by parts where there is a storage.
+
+    Args:
+        tensors: shape by name.
+        storage: of the matrices; None for a model that is not quantised.
+
+    Returns:
+        Dtype and shape by name in the file, a tensor's parts together; None is any of
+        STORED_DTYPES.
+    """
+    entries: dict[str, tuple[torch.dtype | None, tuple[int, ...]]] = {}
+    for name, shape in tensors.items():
+        if storage is None or len(shape) != 2:
+            entries[name] = (None, shape)
+            continue
+        for part, entry in storage.entries((shape[0], shape[1])).items():
+            entries[f"{name}.{part}"] = entry
+    return entries
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -173,10 +238,12 @@ def _check_index(directory: Path, tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def _map_file(path: Path) -> dict[str, Tensor]:
+def _map_file(path: Path) -> tuple[dict[str, Tensor], str | None]:
+    """The tensors of a file, and the storage that its metadata names."""
     try:
         with safe_open(str(path), framework="pt") as handle:
-            return {name: handle.get_tensor(name) for name in handle.keys()}
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}
+            return tensors, (handle.metadata() or {}).get(STORAGE_KEY)
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(
             f"{path} ({path.stat().st_size:,} bytes) cannot be read: {error}. The file is "

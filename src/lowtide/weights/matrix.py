@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
+from lowtide.ops.frozen import FrozenMatrix
+
 _TAKE_ROWS = 128
+
+
+class StoredMatrix(FrozenMatrix, Protocol):
+    """A frozen matrix of a checkpoint, whatever its storage."""
+
+    def whole(self) -> Tensor:
+        """The whole `(out, in)` matrix in a floating dtype, for reference code and tests."""
 
 
 class MappedMatrix:
     """A frozen `(out, in)` matrix whose storage is a mapped safetensors file.
 
-    Implements `ops.frozen.FrozenMatrix`. When the stored dtype is the compute dtype, tiles are
+    Implements `StoredMatrix`. When the stored dtype is the compute dtype, tiles are
     views of the file and cost nothing; otherwise they are widened into the caller's buffer.
     """
 

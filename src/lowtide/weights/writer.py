@@ -22,6 +22,7 @@ _DTYPES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.int8: "I8",
 }
 
 
@@ -44,16 +45,20 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.detach().contiguous().view(torch.uint8).numpy().data)
 
 
-def safetensors_header(entries: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> bytes:
+def safetensors_header(
+    entries: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    metadata: Mapping[str, str] | None = None,
+) -> bytes:
     """What a safetensors file starts with: its length and the JSON of names, types and offsets.
 
     Args:
         entries: dtype and shape by name, in the order in which the tensors' bytes follow.
+        metadata: what the file says of itself beside its format.
 
     Returns:
         The first bytes of the file; the tensors' bytes come right after them.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     start = 0
     for name, (dtype, shape) in entries.items():
         size = math.prod(shape) * dtype.itemsize

@@ -12,6 +12,7 @@ from typing import Any
 
 from lowtide.errors import ModelError
 from lowtide.model.spec import ModelSpec
+from lowtide.weights.manifest import PARTIAL_FILE
 
 from .llama import llama_spec
 from .qwen2 import qwen2_spec
@@ -40,6 +41,11 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise ModelError(
             f"{directory} {found}; give a model directory (config.json, tokenizer.json, "
             "*.safetensors) or a Hugging Face hub id such as Qwen/Qwen2.5-0.5B."
+        )
+    if not path.is_file() and (directory / PARTIAL_FILE).is_file():
+        raise ModelError(
+            f"{directory} holds a quantised model that was not finished. Give the command that "
+            "began it again, and it goes on where it ended."
         )
     if not path.is_file():
         raise ModelError(

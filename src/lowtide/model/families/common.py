@@ -7,6 +7,7 @@ from typing import Any
 
 from lowtide.errors import ModelError, listed
 from lowtide.model.spec import LINEARS, ModelSpec, RopeSpec
+from lowtide.weights.manifest import STORAGE_KEY
 
 # Fields that say nothing about the function, or only about training from scratch or decoding.
 HARMLESS = frozenset(
@@ -175,14 +176,19 @@ def decoder_spec(
     reader.refuse_unless("hidden_act", lambda v: v in ("silu", "swish"), "silu")
     reader.refuse_unless("attention_dropout", lambda v: not v, "0")
     reader.refuse_unless("partial_rotary_factor", lambda v: v in (None, 1, 1.0), "1")
-    reader.refuse_unless("quantization_config", lambda v: not v, "none; give unquantised weights")
+    reader.refuse_unless(
+        "quantization_config",
+        lambda v: not v or (isinstance(v, Mapping) and STORAGE_KEY in v),
+        "none but that of `lowtide quantize`; give unquantised weights",
+    )
     reader.refuse_unless("sliding_window_pattern", lambda v: v is None, "none")
     reader.refuse_unless(
         "layer_types",
         lambda v: v is None or (isinstance(v, list) and all(one == "full_attention" for one in v)),
         "full_attention in every layer",
     )
-    reader.refuse_unknown({"attention_dropout", "partial_rotary_factor", "layer_types", *known})
+    looked_at = ("attention_dropout", "partial_rotary_factor", "quantization_config", "layer_types")
+    reader.refuse_unknown({*looked_at, *known})
     sizes = {name: reader.integer(name) for name in _REQUIRED}
     if sizes["num_hidden_layers"] > _MOST_LAYERS:
         reader.problems.append(f"num_hidden_layers = {sizes['num_hidden_layers']} is not sensible")

@@ -1,0 +1,81 @@
+"""What a quantised storage is, and the frozen matrix over one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+_TAKE_ROWS = 128
+
+Parts = Mapping[str, Tensor]
+"""The tensors that one `(out, in)` matrix is stored as; the first dimension of each is `out`."""
+
+
+class Storage(Protocol):
+    """How the rows of a frozen matrix are stored. Rows do not depend on one another.
+
+    The function of a quantised model is the one with the matrices that `decode_` gives. Scales
+    are bfloat16, so that an integer times its scale is exact in float32 already: a model computes
+    with the same weights in every dtype.
+    """
+
+    @property
+    def name(self) -> str:
+        """As `--quantize` calls it."""
+
+    def entries(self, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape by name of the parts of an `(out, in)` matrix."""
+
+    def encode(self, rows: Tensor) -> dict[str, Tensor]:
+        """The parts of some rows `(n, in)`, float32 and finite."""
+
+    def decode_(
+        self, out: Tensor, parts: Parts, rows: slice | Tensor, span: tuple[int, int]
+    ) -> None:
+        """`out = W[rows, start:stop]`, `(n, stop - start)` with contiguous rows."""
+
+
+class QuantizedMatrix:
+    """A frozen `(out, in)` matrix in a quantised storage. Implements `matrix.StoredMatrix`."""
+
+    def __init__(
+        self, storage: Storage, parts: Parts, shape: tuple[int, int], compute_dtype: torch.dtype
+    ) -> None:
+        """Wrap `parts`, on mapped memory."""
+        self._storage, self._parts = storage, parts
+        self._shape, self._dtype = shape, compute_dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out, in)`."""
+        return self._shape
+
+    def rows_per_tile(self, buffer: Tensor) -> int:
+        """Rows that one call of `rows` may ask for."""
+        return max(1, buffer.numel() // self._shape[1])
+
+    def rows(self, start: int, stop: int, buffer: Tensor) -> Tensor:
+        """`W[start:stop]` in the compute dtype, `(stop - start, in)`."""
+        out = buffer[: (stop - start) * self._shape[1]].view(stop - start, -1)
+        self._storage.decode_(out, self._parts, slice(start, stop), (0, self._shape[1]))
+        return out
+
+    def cols(self, start: int, stop: int, buffer: Tensor) -> Tensor:
+        """`W[:, start:stop]` in the compute dtype, `(out, stop - start)`."""
+        out = buffer[: self._shape[0] * (stop - start)].view(-1, stop - start)
+        self._storage.decode_(out, self._parts, slice(None), (start, stop))
+        return out
+
+    def take(self, indices: Tensor, out: Tensor) -> None:
+        """`out = W[indices]`, some rows at a time."""
+        for start in range(0, len(indices), _TAKE_ROWS):
+            some = slice(start, start + _TAKE_ROWS)
+            self._storage.decode_(out[some], self._parts, indices[some], (0, self._shape[1]))
+
+    def whole(self) -> Tensor:
+        """The whole dequantised matrix in the compute dtype, for reference code and tests."""
+        rows, cols = self._shape
+        return self.rows(0, rows, torch.empty(rows * cols, dtype=self._dtype))

@@ -57,5 +57,9 @@ def _left_by(group: Path) -> Iterator[int]:
         except (OSError, ValueError):
             continue
         if limit != "max":
-            cached = (int(stat.get(f"{kind}_file", 0)) for kind in ("active", "inactive"))
+            # The first version counts groups below apart, under total_*.
+            cached = (
+                int(stat.get(f"total_{kind}_file", stat.get(f"{kind}_file", 0)))
+                for kind in ("active", "inactive")
+            )
             yield max(0, int(limit) - usage + sum(cached))

@@ -15,10 +15,12 @@ from lowtide.ops.glu import Glu
 from lowtide.ops.lora_linear import Linear, Lora
 from lowtide.weights.checkpoint import Checkpoint
 from lowtide.weights.matrix import MappedMatrix
+from lowtide.weights.residency import Residency
 
 from .block import Block, Positions
 from .families import read_config, spec_from_config
 from .hub import resolve_model
+from .resident import limit_resident
 from .rope import rope_tables
 from .spec import EMBEDDING, FINAL_NORM, HEAD, INPUT_NORM, LINEARS, MLP_NORM, ModelSpec
 
@@ -51,6 +53,7 @@ class Decoder:
         self.embedding = MappedMatrix(checkpoint[EMBEDDING], dtype)
         head = EMBEDDING if spec.tied_head else HEAD
         self.head = MappedMatrix(checkpoint[head], dtype)
+        self.residency: Residency | None = None
         self.final_norm = checkpoint[FINAL_NORM].to(dtype)
         self.linears: list[dict[str, FrozenLinear]] = []
         self.norms: list[tuple[Tensor, Tensor]] = []
@@ -171,24 +174,33 @@ def choose_compute_dtype(requested: str | None) -> tuple[torch.dtype, str]:
     return COMPUTE_DTYPES[requested], f"{requested}: asked for"
 
 
-def load_model(model: str | Path, compute_dtype: str | torch.dtype | None = None) -> Decoder:
+def load_model(
+    model: str | Path,
+    compute_dtype: str | torch.dtype | None = None,
+    resident_weights: int | str | None = None,
+) -> Decoder:
     """Open a model for training or generation, on mapped weights.
 
     Args:
         model: a local Hugging Face directory, or a hub id such as `Qwen/Qwen2.5-0.5B`.
         compute_dtype: `float32` or `float64`, by name or as a torch dtype; None chooses and
             keeps the reason in `dtype_reason`.
+        resident_weights: how much of the mapped weights may be in memory at once, in bytes or as
+            text such as `400MB`; None sets a limit only where the machine, or the process's
+            control group, has no room for all of them.
 
     Returns:
         The decoder. Weights are not read until they are used.
 
     Raises:
         ModelError: the model cannot be found, read, or is of a kind that is not supported.
-        ConfigError: the compute dtype is not supported.
+        ConfigError: the compute dtype is not supported, or the limit is too small for the model.
     """
     if isinstance(compute_dtype, torch.dtype):
         compute_dtype = str(compute_dtype).removeprefix("torch.")
     dtype, reason = choose_compute_dtype(compute_dtype)
     directory = resolve_model(str(model))
     spec = spec_from_config(read_config(directory))
-    return Decoder(spec, Checkpoint.open(directory), dtype, reason)
+    decoder = Decoder(spec, Checkpoint.open(directory), dtype, reason)
+    decoder.residency = limit_resident(decoder, resident_weights)
+    return decoder

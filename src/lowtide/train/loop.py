@@ -13,7 +13,7 @@ import torch
 
 from lowtide.errors import OutputError, TrainingError
 from lowtide.infer.evaluate import Evaluation, Sequences, batch_of, evaluate
-from lowtide.memory.measure import MemoryMeter
+from lowtide.memory.measure import MemoryMeter, read_from_disk
 from lowtide.methods import Method, Step
 from lowtide.methods.base import require_finite
 from lowtide.model.adapter import Adapter
@@ -38,6 +38,8 @@ class StepReport:
     tokens_per_s: float
     peak_anon_bytes: int
     peak_rss_bytes: int
+    peak_file_bytes: int
+    disk_read_bytes: int
     grad_norm: float | None = None
 
 
@@ -226,7 +228,7 @@ def measured_update(
 ) -> StepReport:
     """One update, with its time and its peak of memory."""
     meter.take()
-    wall, cpu = time.perf_counter(), sum(os.times()[:2])
+    wall, cpu, read = time.perf_counter(), sum(os.times()[:2]), read_from_disk()
     loss, norm = trainer.update(batches, step)
     wall, cpu = time.perf_counter() - wall, sum(os.times()[:2]) - cpu
     peak = meter.take()
@@ -239,6 +241,8 @@ def measured_update(
         tokens_per_s=sum(len(batch.ids) for batch in batches) / max(wall, 1e-9),
         peak_anon_bytes=peak.anon_bytes,
         peak_rss_bytes=peak.rss_bytes,
+        peak_file_bytes=peak.file_bytes,
+        disk_read_bytes=read_from_disk() - read,
         grad_norm=norm,
     )
 

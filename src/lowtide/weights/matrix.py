@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 _TAKE_ROWS = 128
+
+
+class Watch(Protocol):
+    """Told what is about to be read of a matrix, so that its pages can be there and others not."""
+
+    @property
+    def max_rows(self) -> int:
+        """Rows that may be read at once."""
+
+    def reading(self, start: int) -> None:
+        """Rows from `start`, at most `max_rows`, or all columns of some are about to be read."""
+
+    def looked_up(self) -> None:
+        """Single rows have been read, and are not needed again."""
 
 
 class MappedMatrix:
@@ -19,6 +35,7 @@ class MappedMatrix:
         """Wrap `stored`, a 2-D tensor on mapped memory."""
         self._stored = stored
         self._direct = stored.dtype == compute_dtype
+        self.watch: Watch | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -33,16 +50,19 @@ class MappedMatrix:
 
     def rows_per_tile(self, buffer: Tensor) -> int:
         """Rows that one call of `rows` may ask for: all of them where nothing is widened."""
-        if self._direct:
-            return self._stored.shape[0]
-        return max(1, buffer.numel() // self._stored.shape[1])
+        rows, cols = self._stored.shape
+        if self.watch is not None:
+            rows = self.watch.max_rows
+        return rows if self._direct else max(1, min(rows, buffer.numel() // cols))
 
     def rows(self, start: int, stop: int, buffer: Tensor) -> Tensor:
         """`W[start:stop]` in the compute dtype, `(stop - start, in)`."""
+        self._reading(start)
         return self._widened(self._stored[start:stop], buffer)
 
     def cols(self, start: int, stop: int, buffer: Tensor) -> Tensor:
         """`W[:, start:stop]` in the compute dtype, `(out, stop - start)`."""
+        self._reading(0)
         return self._widened(self._stored[:, start:stop], buffer)
 
     def take(self, indices: Tensor, out: Tensor) -> None:
@@ -50,10 +70,17 @@ class MappedMatrix:
         for start in range(0, len(indices), _TAKE_ROWS):
             stop = min(start + _TAKE_ROWS, len(indices))
             out[start:stop].copy_(self._stored[indices[start:stop]])
+        if self.watch is not None:
+            self.watch.looked_up()
 
     def whole(self) -> Tensor:
         """The stored tensor itself, for reference code and tests; never widened."""
+        self._reading(0)
         return self._stored
+
+    def _reading(self, start: int) -> None:
+        if self.watch is not None:
+            self.watch.reading(start)
 
     def _widened(self, part: Tensor, buffer: Tensor) -> Tensor:
         if self._direct:

@@ -36,6 +36,7 @@ from typing import Any
 
 CGROUPS = Path("/sys/fs/cgroup")
 SHAPES = Path("~/.cache/lowtide/shapes")
+_FAILURES = ("memory.failcnt", "memory.memsw.failcnt")
 _POLL_S = 0.2
 _PATIENCE_S = 5.0
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -78,7 +79,7 @@ class Group:
         return {
             "peak_bytes": number(self.directory / self.peak),
             **{f"peak_{name}_bytes": value for name, value in self.usages.items()},
-            "limit_hits": events.get("max", number(self.directory / "memory.failcnt")),
+            "limit_hits": events.get("max", max(number(self.directory / f) for f in _FAILURES)),
             "oom_kills": events.get("oom_kill", killed),
         }
 

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from lowtide.errors import OutputError, TrainingError
+from lowtide.errors import ModelError, OutputError, TrainingError
 from lowtide.infer.evaluate import Evaluation, Sequences, batch_of, evaluate
 from lowtide.memory.measure import MemoryMeter, read_from_disk
 from lowtide.methods import Method, Step
@@ -117,6 +117,7 @@ class Trainer:
         Raises:
             TrainingError: a loss or gradient is not finite; the parameters of a non-finite loss
                 are as they were before this update.
+            ModelError: a weight file changed since the model was loaded.
         """
         n_tokens = sum(batch.n_tokens for batch in batches)
         total = 0.0
@@ -129,7 +130,9 @@ class Trainer:
                 self._sink,
                 Step(1.0 / n_tokens, seed, step - 1, seed),
             )
-        return total / n_tokens, self._sink.finish()
+        norm = self._sink.finish()
+        self.model.checkpoint.check_unchanged()  # before anything of this update is kept
+        return total / n_tokens, norm
 
     def run(
         self,
@@ -150,8 +153,8 @@ class Trainer:
             A summary; `interrupted` is set when Ctrl-C ended the run and the adapter was saved.
 
         Raises:
-            TrainingError: a loss or gradient was not finite, or the disk is full; the last good
-                adapter is on disk.
+            TrainingError: a loss or gradient was not finite, the disk is full, or a weight file
+                changed; the last good adapter is on disk.
         """
         history = _History()
         run = _Run(train, valid, run_dir, observer, history)
@@ -163,7 +166,7 @@ class Trainer:
                 except KeyboardInterrupt:
                     history.interrupted = True
                 self._finish(run)
-        except (TrainingError, OutputError) as error:
+        except (TrainingError, OutputError, ModelError) as error:
             if isinstance(error, TrainingError):
                 run_dir.roll_back()
             raise TrainingError(

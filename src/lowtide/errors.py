@@ -51,6 +51,10 @@ class TrainingError(LowtideError):
     """Training had to stop: a loss or gradient that is not finite, a disk that filled."""
 
 
+class LowtideWarning(UserWarning):
+    """Something works, but not as well as it looks; the command line prints it in one line."""
+
+
 KINDS: dict[str, type[LowtideError]] = {
     kind.__name__: kind
     for kind in (

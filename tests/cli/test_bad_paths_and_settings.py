@@ -302,3 +302,17 @@ def test_the_command_itself(argv: list[str], code: int, parts: list[str]) -> Non
 )
 def test_a_wrong_setting_of_generate(model: Path, flags: list[str], part: str) -> None:
     refused(small.run("generate", "--model", model, *flags), part)
+
+
+def test_a_scratch_directory_on_tmpfs_is_said_in_one_line(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lowtide.methods.buffers.is_memory", lambda directory: True)
+    done = small.run(
+        "bench", "step", "--model", model, "--seq-len", 16, "--steps", 1, "--block-inputs", "file",
+        "--scratch-dir", tmp_path,
+    )  # fmt: skip
+    assert done.code == 0
+    lines = [line for line in done.err.splitlines() if "tmpfs" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"lowtide: {tmp_path} is on tmpfs, which is memory")

@@ -17,7 +17,7 @@ from lowtide.cli.main import COMMANDS, main
 
 STEP_KEYS = {
     "step", "loss", "n_tokens", "wall_s", "cpu_s", "tokens_per_s", "peak_anon_bytes",
-    "peak_rss_bytes", "grad_norm",
+    "peak_rss_bytes", "peak_file_bytes", "disk_read_bytes", "grad_norm",
 }  # fmt: skip
 
 
@@ -203,8 +203,8 @@ def test_bench_step_reports_the_median_and_every_step(model: Path) -> None:
     assert done.code == 0, done.err
     document = done.document
     named = {
-        "method", "seq_len", "steps", "peak_anon_bytes", "peak_rss_bytes", "wall_s", "cpu_s",
-        "tokens_per_s", "gemm_utilization",
+        "method", "seq_len", "steps", "peak_anon_bytes", "peak_rss_bytes", "peak_file_bytes",
+        "disk_read_bytes", "wall_s", "cpu_s", "tokens_per_s", "gemm_utilization",
     }  # fmt: skip
     assert named <= set(document)
     assert (document["method"], document["seq_len"], len(document["steps"])) == ("mesp", 16, 2)

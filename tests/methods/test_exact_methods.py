@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from helpers import EPS32, random_adapter, random_batch, relative
 
 import lowtide as lt
-from lowtide.errors import ConfigError, OutputError
+from lowtide.errors import ConfigError, LowtideWarning, OutputError
 from lowtide.methods import METHODS, MethodOptions, get_method
 from lowtide.methods.options import OPTIONS_OF
 
@@ -124,3 +125,41 @@ def test_a_scratch_file_that_cannot_be_is_told(
     with pytest.raises(OutputError, match=r"need .* MB of disk at .*: No space left on device"):
         lt.gradients(model, adapter, batch, method)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_scratch_directory_is_used_and_left_empty(
+    odd_model: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = lt.load_model(odd_model("qwen2-mqa"))
+    made: list[Path] = []
+    make = tempfile.mkstemp
+
+    def watched(*args: object, **given: object) -> tuple[int, str]:
+        descriptor, path = make(*args, **given)  # type: ignore[call-overload]
+        made.append(Path(path))
+        return descriptor, path
+
+    monkeypatch.setattr("tempfile.mkstemp", watched)
+    options = MethodOptions(block_inputs="file", scratch_dir=str(tmp_path))
+    adapter = random_adapter(model, lt.LoraConfig(r=3))
+    lt.gradients(model, adapter, lt.Batch.from_sequences([[1, 2, 3]]), get_method("mesp", options))
+    assert [path.parent for path in made] == [tmp_path]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_scratch_directory_in_memory_is_told(
+    odd_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = lt.load_model(odd_model("qwen2-mqa"))
+    adapter = random_adapter(model, lt.LoraConfig(r=3))
+    monkeypatch.setattr("lowtide.methods.buffers.is_memory", lambda directory: True)
+    options = MethodOptions(block_inputs="file", scratch_dir=str(tmp_path))
+    with pytest.warns(LowtideWarning, match=f"{tmp_path} is on tmpfs, which is memory"):
+        lt.gradients(
+            model, adapter, lt.Batch.from_sequences([[1, 2, 3]]), get_method("mesp", options)
+        )
+
+
+def test_a_scratch_directory_without_a_file_is_refused() -> None:
+    with pytest.raises(ConfigError, match="--scratch-dir is for --block-inputs file"):
+        get_method("mesp", MethodOptions(scratch_dir="/tmp"))

@@ -5,15 +5,18 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import small
+import torch
 from runs import FILES, finite_loss, is_untrained, train
+from safetensors.torch import load_file
 
 import lowtide as lt
 from lowtide.errors import LowtideError, OutputError, TrainingError
@@ -276,3 +279,52 @@ def test_a_real_disk_that_fills_during_the_run(model: Path, data: Path, small_di
     assert set(small.tree(out)) == FILES
     (small_disk / "filler").unlink()
     finite_loss(model, data, out)
+
+
+class Changes(Quiet):
+    """Does something to the weights after a step."""
+
+    def __init__(self, step: int, change: Callable[[], object]) -> None:
+        self.step, self.change = step, change
+
+    def on_step(self, report: StepReport) -> None:
+        if report.step == self.step:
+            self.change()
+
+
+def _replace(weights: Path) -> None:
+    other = weights.with_name("other")
+    other.write_bytes(weights.read_bytes())
+    other.replace(weights)
+
+
+def _write(weights: Path) -> None:
+    with open(weights, "r+b") as file:
+        file.seek(-2, os.SEEK_END)
+        file.write(b"xx")
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (_replace, "was replaced by another file"),
+        (_write, "was written to in place"),
+        (Path.unlink, "is gone"),
+    ],
+)
+def test_weights_that_change_during_training_end_the_run(
+    model: Path, data: Path, tmp_path: Path, change: Callable[[Path], object], found: str
+) -> None:
+    mine = Path(shutil.copytree(model, tmp_path / "model"))
+    weights, out = mine / "model.safetensors", tmp_path / "out"
+    observer = Changes(3, lambda: change(weights))
+    with pytest.raises(TrainingError) as error:
+        train(mine, data, out, observer=observer, iters=9, save_every=2)
+    told = str(error.value)
+    assert "training stopped at step 4: the model's weights changed" in told
+    assert f"{weights} {found}" in told
+    assert f"The adapter in {out} is that of step 2." in told
+    reference = tmp_path / "reference"
+    train(model, data, reference, iters=9, save_every=2, observer=Interrupts("step", 2))
+    saved, expected = (load_file(d / "adapter_model.safetensors") for d in (out, reference))
+    assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())

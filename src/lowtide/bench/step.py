@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -21,10 +22,12 @@ from lowtide.model.flops import step_flops
 from lowtide.train.loop import StepReport, Trainer, measured_update
 from lowtide.train.run import check_length, open_model
 from lowtide.train.settings import LoraSettings, ModelSettings, OptimizerSettings, TrainSettings
+from lowtide.weights.writer import tensor_bytes
 
 from .shapes import SHAPES, ShapeSettings, cache_directory, shape_directory, shape_of
 
 _RATE_SECONDS = 1.0
+_MEDIAN_BYTES = ("peak_anon_bytes", "peak_rss_bytes", "peak_file_bytes", "disk_read_bytes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +122,7 @@ def bench_step(
     return {
         **described(settings),
         "n_adapter_parameters": adapter.n_parameters,
+        "adapter_sha256": adapter_digest(adapter),
         "threads": torch.get_num_threads(),
         **median,
         "gemm_utilization": flops / (median["wall_s"] * rate),
@@ -135,6 +139,14 @@ def described(settings: BenchStepSettings) -> dict[str, Any]:
     return {
         name: getattr(settings, name) for name in ("method", *OPTIONS_OF[settings.method], *names)
     }
+
+
+def adapter_digest(adapter: Adapter) -> str:
+    """SHA-256 of the adapter's matrices as they lie in memory: equal means equal to the bit."""
+    digest = hashlib.sha256()
+    for _, parameter in adapter.items():
+        digest.update(tensor_bytes(parameter))
+    return digest.hexdigest()
 
 
 def random_batches(model: Decoder, settings: BenchStepSettings) -> Iterator[Batch]:
@@ -155,7 +167,7 @@ def train_settings(settings: BenchStepSettings) -> TrainSettings:
 
 def _median(reports: list[StepReport]) -> dict[str, Any]:
     """The median of each figure over the steps."""
-    names = ("loss", "wall_s", "cpu_s", "tokens_per_s", "peak_anon_bytes", "peak_rss_bytes")
+    names = ("loss", "wall_s", "cpu_s", "tokens_per_s", *_MEDIAN_BYTES)
     middle = {name: statistics.median(getattr(r, name) for r in reports) for name in names}
     return {name: int(v) if name.endswith("_bytes") else v for name, v in middle.items()}
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from io import TextIOWrapper
+from typing import Any
 
 from lowtide import __version__
 from lowtide.config import did_you_mean
-from lowtide.errors import ConfigError, LowtideError
+from lowtide.errors import ConfigError, LowtideError, LowtideWarning
 
 from .output import discard
 
@@ -54,9 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _guarded(arguments: list[str], as_json: bool) -> int:
-    """Run a command; its errors become a message and an exit code."""
+    """Run a command; its errors become a message and an exit code, its warnings a line."""
     try:
-        return _dispatch(arguments)
+        with warnings.catch_warnings():
+            _print_warnings()
+            return _dispatch(arguments)
     except SystemExit as leaving:  # argparse, after --help
         return leaving.code if isinstance(leaving.code, int) else 0
     except LowtideError as error:
@@ -73,6 +77,20 @@ def _guarded(arguments: list[str], as_json: bool) -> int:
         if error.filename is None:
             raise
         return _fail(f"{error.filename}: {error.strerror}.", "OSError", 1, as_json)
+
+
+def _print_warnings() -> None:
+    """Our own warnings as one line on stderr, each time; others as Python has them."""
+    usual = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, LowtideWarning):
+            print(f"lowtide: {message}", file=sys.stderr)
+        else:
+            usual(message, category, *place, **more)
+
+    warnings.simplefilter("always", LowtideWarning)
+    warnings.showwarning = show
 
 
 _OUT_OF_MEMORY = (

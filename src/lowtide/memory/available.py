@@ -29,6 +29,27 @@ def available_bytes(proc: Path = Path("/proc"), cgroups: Path = _CGROUPS) -> int
     return min([found["MemAvailable"], *_left_by_groups(proc, cgroups)])
 
 
+def is_memory(directory: Path, proc: Path = Path("/proc")) -> bool:
+    """Whether files in a directory take memory instead of disk: on tmpfs or ramfs.
+
+    Args:
+        directory: exists.
+        proc: where the kernel tells of itself.
+
+    Returns:
+        False too where the system does not say.
+    """
+    device = os.stat(directory).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        lines = (proc / "self" / "mountinfo").read_text().splitlines()
+    except OSError:
+        return False
+    # Fields of proc(5): ... major:minor at 2, and after a lone dash the type of the file system.
+    kinds = (line.partition(" - ")[2].split()[0] for line in lines if line.split()[2] == number)
+    return any(kind in ("tmpfs", "ramfs") for kind in kinds)
+
+
 def _left_by_groups(proc: Path, cgroups: Path) -> Iterator[int]:
     """What each limit on the way from the process's control group to the root leaves."""
     try:
@@ -57,5 +78,9 @@ def _left_by(group: Path) -> Iterator[int]:
         except (OSError, ValueError):
             continue
         if limit != "max":
-            cached = (int(stat.get(f"{kind}_file", 0)) for kind in ("active", "inactive"))
+            # The first version counts groups below apart, under total_*.
+            cached = (
+                int(stat.get(f"total_{kind}_file", stat.get(f"{kind}_file", 0)))
+                for kind in ("active", "inactive")
+            )
             yield max(0, int(limit) - usage + sum(cached))

@@ -31,6 +31,7 @@ from typing import Self
 
 _STATM = Path("/proc/self/statm")
 _STATUS = Path("/proc/self/status")
+_IO = Path("/proc/self/io")
 _CLEAR = Path("/proc/self/clear_refs")
 _RESET_MARK = b"5"  # proc(5): set VmHWM back to the resident memory of now
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -42,10 +43,11 @@ _BLUR_BYTES = 1_000_000
 
 @dataclass(frozen=True)
 class MemoryReading:
-    """Bytes of this process: anonymous, and resident in all (mapped files included)."""
+    """Bytes of this process: anonymous, resident in all, and of mapped files among those."""
 
     anon_bytes: int
     rss_bytes: int
+    file_bytes: int = 0
 
 
 def read_memory() -> MemoryReading:
@@ -59,11 +61,21 @@ def read_memory() -> MemoryReading:
 def _parse(statm: bytes) -> MemoryReading:
     """`resident` and `shared` (file and shmem pages) of /proc/self/statm, in pages."""
     _, resident, shared, *_ = statm.split()
-    return MemoryReading((int(resident) - int(shared)) * _PAGE, int(resident) * _PAGE)
+    file = int(shared) * _PAGE
+    return MemoryReading(int(resident) * _PAGE - file, int(resident) * _PAGE, file)
 
 
 AT_IMPORT = read_memory()
 """Replaced by `lowtide/__init__.py` when the import is complete."""
+
+
+def read_from_disk() -> int:
+    """Bytes that this process has had read from a disk so far; 0 where the system does not say."""
+    try:
+        found = re.search(rb"^read_bytes: (\d+)", _IO.read_bytes(), re.MULTILINE)
+    except OSError:
+        return 0
+    return int(found[1]) if found else 0
 
 
 def mark_import() -> None:
@@ -131,23 +143,23 @@ class MemoryMeter:
         sys.setswitchinterval(self._switch_s)
 
     def take(self) -> MemoryReading:
-        """Peaks since the last call: anon above the import, and the whole process."""
+        """Peaks since the last call: anon above the import, the whole process, mapped files."""
         self._note(read_memory())
         mark = self._mark.take()
         now = read_memory()  # what the next interval begins with
         with self._lock:
             anon, rss, mapped = self._anon, self._rss, self._mapped
             self._anon, self._rss = now.anon_bytes, now.rss_bytes
-            self._mapped = now.rss_bytes - now.anon_bytes
+            self._mapped = now.file_bytes
         if mark - mapped > anon + _BLUR_BYTES:
             anon = mark - mapped
-        return MemoryReading(max(0, anon - AT_IMPORT.anon_bytes), max(rss, mark))
+        return MemoryReading(max(0, anon - AT_IMPORT.anon_bytes), max(rss, mark), mapped)
 
     def _note(self, now: MemoryReading) -> None:
         with self._lock:
             self._anon = max(self._anon, now.anon_bytes)
             self._rss = max(self._rss, now.rss_bytes)
-            self._mapped = max(self._mapped, now.rss_bytes - now.anon_bytes)
+            self._mapped = max(self._mapped, now.file_bytes)
 
     def _poll(self) -> None:
         try:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lowtide.errors import OutputError
+from lowtide.errors import LowtideWarning, OutputError
+from lowtide.memory.available import is_memory
 from lowtide.model.batch import Batch
 from lowtide.model.decoder import Decoder
 from lowtide.model.forward import workspace_for
@@ -18,15 +21,18 @@ from lowtide.model.workspace import Workspace
 class Buffers:
     """Made for the largest batch seen; made again only when a larger one comes."""
 
-    def __init__(self, block_inputs: str = "memory", tiles: str = "full") -> None:
+    def __init__(
+        self, block_inputs: str = "memory", tiles: str = "full", scratch_dir: str | None = None
+    ) -> None:
         """No buffer is made before `reserve` or the first batch.
 
         Args:
             block_inputs: `memory`, or `file` for rows in a mapped scratch file.
             tiles: of the workspace.
+            scratch_dir: directory of that file; None takes TMPDIR.
         """
         self._in_file = block_inputs == "file"
-        self._tiles = tiles
+        self._tiles, self._scratch_dir = tiles, scratch_dir
         self._max_tokens = self._max_length = 0
         self._ws: Workspace | None = None
         self._rows: Tensor | None = None
@@ -75,28 +81,38 @@ class Buffers:
         needed = rows * self._max_tokens * model.spec.hidden_size
         if flat is None or flat.numel() < needed:
             self._rows = flat = None
-            flat = self._rows = _rows(needed, model.compute_dtype, self._in_file)
+            if self._in_file:
+                scratch = Path(self._scratch_dir or tempfile.gettempdir()).expanduser()
+                flat = self._rows = _rows_in_file(needed, model.compute_dtype, scratch)
+            else:
+                flat = self._rows = torch.empty(needed, dtype=model.compute_dtype)
         return ws, flat
 
 
-def _rows(numel: int, dtype: torch.dtype, in_file: bool) -> Tensor:
-    if not in_file:
-        return torch.empty(numel, dtype=dtype)
+def _rows_in_file(numel: int, dtype: torch.dtype, scratch: Path) -> Tensor:
     size = numel * dtype.itemsize
     try:
-        descriptor, path = tempfile.mkstemp(prefix="lowtide-block-inputs-")
+        descriptor, path = tempfile.mkstemp(prefix="lowtide-block-inputs-", dir=scratch)
     except OSError as error:
         raise OutputError(
-            f"no scratch file for block inputs can be made: {error.strerror}. Set TMPDIR to a "
-            "directory on a disk, or leave --block-inputs out."
+            f"no scratch file for block inputs can be made in {scratch}: {error.strerror}. Give a "
+            "directory on a disk with --scratch-dir, or leave --block-inputs out."
         ) from error
     try:
+        if is_memory(scratch):
+            warnings.warn(
+                f"{scratch} is on tmpfs, which is memory: the {size / 1e6:,.1f} MB of block inputs "
+                "in it are not saved but moved out of peak_anon_bytes. Give a directory on a disk "
+                "with --scratch-dir.",
+                LowtideWarning,
+                stacklevel=2,
+            )
         os.posix_fallocate(descriptor, 0, size)  # a full disk is told now, not by a signal later
         return torch.from_file(path, shared=True, size=numel, dtype=dtype)
     except OSError as error:
         raise OutputError(
-            f"block inputs need {size / 1e6:,.1f} MB of disk at {os.path.dirname(path)}: "
-            f"{error.strerror}. Set TMPDIR to another disk, or leave --block-inputs out."
+            f"block inputs need {size / 1e6:,.1f} MB of disk at {scratch}: {error.strerror}. Give "
+            "a directory on another disk with --scratch-dir, or leave --block-inputs out."
         ) from error
     finally:
         os.close(descriptor)

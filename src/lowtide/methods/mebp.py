@@ -76,7 +76,7 @@ class Mebp:
         """Take `mebp_loss` and `block_inputs` from the options."""
         options = options or MethodOptions()
         self._full_loss = options.mebp_loss == "full"
-        self._buffers = Buffers(options.block_inputs)
+        self._buffers = Buffers(options.block_inputs, scratch_dir=options.scratch_dir)
 
     def reserve(self, model: Decoder, max_tokens: int, max_length: int) -> None:
         """See `Method.reserve`."""

@@ -34,7 +34,7 @@ class Mesp:
     def __init__(self, options: MethodOptions | None = None) -> None:
         """Take `recompute_h` and `block_inputs` from the options."""
         options = options or MethodOptions()
-        self._buffers = Buffers(options.block_inputs, options.tiles)
+        self._buffers = Buffers(options.block_inputs, options.tiles, options.scratch_dir)
         self._recompute_h = options.recompute_h
         self._stored_h: StoredH | None = None
         self._keep_blocks = options.keep_blocks

@@ -23,7 +23,7 @@ class MethodOptions:
     )
     block_inputs: str = setting(
         "memory",
-        help="mesp, mebp: where block inputs are kept; file is a mapped scratch file in TMPDIR",
+        help="mesp, mebp: where block inputs are kept; file is a mapped scratch file",
         choices=("memory", "file"),
     )
     keep_blocks: int = setting(
@@ -38,6 +38,11 @@ class MethodOptions:
         "less memory and more time",
         choices=tuple(TILES),
     )
+    scratch_dir: str | None = setting(
+        None,
+        help="mesp, mebp: directory on a disk for the file of block inputs; none takes TMPDIR",
+        filled=True,
+    )
     zo_eps: float = setting(1e-3, help="mezo: how far the two forwards step from theta", above=0)
     zo_directions: int = setting(1, help="mezo: random directions per step", minimum=1)
     lcsb_blocks: int | None = setting(
@@ -46,8 +51,8 @@ class MethodOptions:
 
 
 OPTIONS_OF: dict[str, tuple[str, ...]] = {
-    "mesp": ("recompute_h", "block_inputs", "keep_blocks", "tiles"),
-    "mebp": ("mebp_loss", "block_inputs"),
+    "mesp": ("recompute_h", "block_inputs", "scratch_dir", "keep_blocks", "tiles"),
+    "mebp": ("mebp_loss", "block_inputs", "scratch_dir"),
     "mezo": ("zo_eps", "zo_directions", "tiles"),
     "lcsb": ("lcsb_blocks", "tiles"),
     "autograd": (),
@@ -71,5 +76,7 @@ def check_options(method: str, options: MethodOptions) -> None:
         if changed and option.name not in OPTIONS_OF[method]:
             owners = " and ".join(name for name, own in OPTIONS_OF.items() if option.name in own)
             problems.append(f"{flag(option.name)} belongs to {owners}, not to {method}")
+    if options.scratch_dir is not None and options.block_inputs != "file":
+        problems.append("--scratch-dir is for --block-inputs file, which is not given")
     if problems:
         raise ConfigError(f"the settings cannot be used:\n{listed(problems)}")

@@ -15,11 +15,13 @@ from lowtide.ops.glu import Glu
 from lowtide.ops.lora_linear import Linear, Lora
 from lowtide.weights.checkpoint import Checkpoint
 from lowtide.weights.matrix import StoredMatrix
+from lowtide.weights.residency import Residency
 
 from .block import Block, Positions
 from .families import read_config, spec_from_config
 from .hub import resolve_model
 from .quantized import cached_checkpoint
+from .resident import limit_resident
 from .rope import rope_tables
 from .spec import EMBEDDING, FINAL_NORM, HEAD, INPUT_NORM, LINEARS, MLP_NORM, ModelSpec
 
@@ -61,6 +63,7 @@ class Decoder:
         table = (spec.vocab_size, spec.hidden_size)
         self.embedding = checkpoint.matrix(EMBEDDING, table, dtype)
         self.head = checkpoint.matrix(EMBEDDING if spec.tied_head else HEAD, table, dtype)
+        self.residency: Residency | None = None
         self.final_norm = checkpoint[FINAL_NORM].to(dtype)
         self.linears: list[dict[str, FrozenLinear]] = []
         self.norms: list[tuple[Tensor, Tensor]] = []
@@ -184,6 +187,7 @@ def load_model(
     model: str | Path,
     compute_dtype: str | torch.dtype | None = None,
     quantize: str | None = None,
+    resident_weights: int | str | None = None,
 ) -> Decoder:
     """Open a model for training or generation, on mapped weights.
 
@@ -194,13 +198,17 @@ def load_model(
             keeps the reason in `dtype_reason`.
         quantize: a name of `weights.storages.STORAGES`, such as `int4`: the weights are quantised
             into a cache once, and opened from there. None takes them as they are stored.
+        resident_weights: how much of the mapped weights may be in memory at once, in bytes or as
+            text such as `400MB`; None sets a limit only where the machine, or the process's
+            control group, has no room for all of them.
 
     Returns:
         The decoder. Weights are not read until they are used.
 
     Raises:
         ModelError: the model cannot be found, read, or is of a kind that is not supported.
-        ConfigError: the compute dtype or the storage is not supported.
+        ConfigError: the compute dtype or the storage is not supported, or the limit is too small
+            for the model.
         OutputError: the cache cannot be written.
     """
     if isinstance(compute_dtype, torch.dtype):
@@ -212,4 +220,6 @@ def load_model(
         checkpoint = Checkpoint.open(directory)
     else:
         checkpoint = cached_checkpoint(directory, quantize)
-    return Decoder(spec, checkpoint, dtype, reason, directory)
+    decoder = Decoder(spec, checkpoint, dtype, reason, directory)
+    decoder.residency = limit_resident(decoder, resident_weights)
+    return decoder

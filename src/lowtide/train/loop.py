@@ -11,9 +11,9 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from lowtide.errors import OutputError, TrainingError
+from lowtide.errors import ModelError, OutputError, TrainingError
 from lowtide.infer.evaluate import Evaluation, Sequences, batch_of, evaluate
-from lowtide.memory.measure import MemoryMeter
+from lowtide.memory.measure import MemoryMeter, read_from_disk
 from lowtide.methods import Method, Step
 from lowtide.methods.base import require_finite
 from lowtide.model.adapter import Adapter
@@ -38,6 +38,8 @@ class StepReport:
     tokens_per_s: float
     peak_anon_bytes: int
     peak_rss_bytes: int
+    peak_file_bytes: int
+    disk_read_bytes: int
     grad_norm: float | None = None
 
 
@@ -115,6 +117,7 @@ class Trainer:
         Raises:
             TrainingError: a loss or gradient is not finite; the parameters of a non-finite loss
                 are as they were before this update.
+            ModelError: a weight file changed since the model was loaded.
         """
         n_tokens = sum(batch.n_tokens for batch in batches)
         total = 0.0
@@ -127,7 +130,9 @@ class Trainer:
                 self._sink,
                 Step(1.0 / n_tokens, seed, step - 1, seed),
             )
-        return total / n_tokens, self._sink.finish()
+        norm = self._sink.finish()
+        self.model.checkpoint.check_unchanged()  # before anything of this update is kept
+        return total / n_tokens, norm
 
     def run(
         self,
@@ -148,8 +153,8 @@ class Trainer:
             A summary; `interrupted` is set when Ctrl-C ended the run and the adapter was saved.
 
         Raises:
-            TrainingError: a loss or gradient was not finite, or the disk is full; the last good
-                adapter is on disk.
+            TrainingError: a loss or gradient was not finite, the disk is full, or a weight file
+                changed; the last good adapter is on disk.
         """
         history = _History()
         run = _Run(train, valid, run_dir, observer, history)
@@ -161,7 +166,7 @@ class Trainer:
                 except KeyboardInterrupt:
                     history.interrupted = True
                 self._finish(run)
-        except (TrainingError, OutputError) as error:
+        except (TrainingError, OutputError, ModelError) as error:
             if isinstance(error, TrainingError):
                 run_dir.roll_back()
             raise TrainingError(
@@ -226,7 +231,7 @@ def measured_update(
 ) -> StepReport:
     """One update, with its time and its peak of memory."""
     meter.take()
-    wall, cpu = time.perf_counter(), sum(os.times()[:2])
+    wall, cpu, read = time.perf_counter(), sum(os.times()[:2]), read_from_disk()
     loss, norm = trainer.update(batches, step)
     wall, cpu = time.perf_counter() - wall, sum(os.times()[:2]) - cpu
     peak = meter.take()
@@ -239,6 +244,8 @@ def measured_update(
         tokens_per_s=sum(len(batch.ids) for batch in batches) / max(wall, 1e-9),
         peak_anon_bytes=peak.anon_bytes,
         peak_rss_bytes=peak.rss_bytes,
+        peak_file_bytes=peak.file_bytes,
+        disk_read_bytes=read_from_disk() - read,
         grad_norm=norm,
     )
 

@@ -127,7 +127,9 @@ def check_supported(settings: TrainSettings) -> None:
 
 def open_model(settings: ModelSettings) -> Decoder:
     """The model of the settings, with the number of threads applied."""
-    model = load_model(settings.model, settings.compute_dtype, settings.quantize)
+    model = load_model(
+        settings.model, settings.compute_dtype, settings.quantize, settings.resident_weights
+    )
     set_threads(model.spec, settings.threads)
     return model
 

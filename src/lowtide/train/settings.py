@@ -38,6 +38,13 @@ class ModelSettings:
         minimum=1,
         maximum=1024,
     )
+    resident_weights: str | None = setting(
+        None,
+        help="most mapped weights in memory at once, such as 400MB; none keeps all, or as many as "
+        "a machine or control group with less memory has room for",
+        filled=True,
+        metavar="SIZE",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,10 @@ stored as the parts of a `storages.Storage`, named after it (`NAME.int4`, `NAME.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +29,24 @@ STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
 
 
+class FileState(NamedTuple):
+    """What tells one content of a file from another without reading it."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileState | None:
+        """The state now, or None where there is no such file."""
+        try:
+            found = os.stat(path)
+        except OSError:
+            return None
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
 class Checkpoint:
     """The tensors of a model directory by Hugging Face name, on mapped memory."""
 
@@ -42,6 +62,7 @@ class Checkpoint:
         self.files = files
         self.storage = storage
         self._tensors = tensors
+        self._states = {path: FileState.of(path) for path in files}
 
     @classmethod
     def open(cls, directory: Path) -> Checkpoint:
@@ -99,6 +120,38 @@ class Checkpoint:
             return MappedMatrix(self._tensors[name], compute_dtype)
         parts = {part: self._tensors[f"{name}.{part}"] for part in self.storage.entries(shape)}
         return QuantizedMatrix(self.storage, parts, shape, compute_dtype)
+
+    def check_unchanged(self) -> None:
+        """See that the weight files are those that were opened: one stat(2) per file.
+
+        A file that is replaced by renaming leaves the mapped one as it was: what was computed so
+        far is right, but the path now means other weights. A file that is written in place changes
+        under the reader, and one that is cut short ends the process with SIGBUS if a missing page
+        is read before this is called.
+
+        Raises:
+            ModelError: lists every file that is gone, another one, or was written to.
+        """
+        problems = []
+        for path, opened in self._states.items():
+            now = FileState.of(path)
+            if now == opened:
+                continue
+            if now is None or opened is None:
+                problems.append(f"{path} is gone")
+            elif now[:2] != opened[:2]:
+                problems.append(f"{path} was replaced by another file")
+            else:
+                sizes = f" ({opened.size:,} bytes before, {now.size:,} now)"
+                problems.append(
+                    f"{path} was written to{sizes if now.size != opened.size else ' in place'}"
+                )
+        if problems:
+            raise ModelError(
+                f"the model's weights changed while they were in use:\n{listed(problems)}\nAn "
+                "adapter fits the weights that it was trained on. Put them back, or start again "
+                "with those that are there now; keep a model's files as they are while it is used."
+            )
 
     def check(self, expected: Mapping[str, tuple[int, ...]], optional: Iterable[str] = ()) -> None:
         """Compare names, shapes and dtypes with what the model needs, all problems at once.

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from lowtide.ops.frozen import FrozenMatrix
 
+from .watch import Watch
+
 _TAKE_ROWS = 128
 
 
@@ -17,6 +19,16 @@ class StoredMatrix(FrozenMatrix, Protocol):
 
     def whole(self) -> Tensor:
         """The whole `(out, in)` matrix in a floating dtype, for reference code and tests."""
+
+    def stored(self, start: int, stop: int) -> list[Tensor]:
+        """The mapped tensors that rows `[start, stop)` are stored as."""
+
+    @property
+    def watch(self) -> Watch | None:
+        """Told what is about to be read, or None."""
+
+    @watch.setter
+    def watch(self, watch: Watch | None) -> None: ...
 
 
 class MappedMatrix:
@@ -30,6 +42,7 @@ class MappedMatrix:
         """Wrap `stored`, a 2-D tensor on mapped memory."""
         self._stored = stored
         self._direct = stored.dtype == compute_dtype
+        self.watch: Watch | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -48,14 +61,17 @@ class MappedMatrix:
         No more where nothing is widened: the product library packs what it is given into memory
         of its own.
         """
-        return max(1, buffer.numel() // self._stored.shape[1])
+        rows = max(1, buffer.numel() // self._stored.shape[1])
+        return rows if self.watch is None else min(rows, self.watch.max_rows)
 
     def rows(self, start: int, stop: int, buffer: Tensor) -> Tensor:
         """`W[start:stop]` in the compute dtype, `(stop - start, in)`."""
+        self._reading(start)
         return self._widened(self._stored[start:stop], buffer)
 
     def cols(self, start: int, stop: int, buffer: Tensor) -> Tensor:
         """`W[:, start:stop]` in the compute dtype, `(out, stop - start)`."""
+        self._reading(0)
         return self._widened(self._stored[:, start:stop], buffer)
 
     def take(self, indices: Tensor, out: Tensor) -> None:
@@ -63,10 +79,21 @@ class MappedMatrix:
         for start in range(0, len(indices), _TAKE_ROWS):
             stop = min(start + _TAKE_ROWS, len(indices))
             out[start:stop].copy_(self._stored[indices[start:stop]])
+        if self.watch is not None:
+            self.watch.looked_up()
 
     def whole(self) -> Tensor:
         """The stored tensor itself, for reference code and tests; never widened."""
+        self._reading(0)
         return self._stored
+
+    def stored(self, start: int, stop: int) -> list[Tensor]:
+        """The mapped tensors that rows `[start, stop)` are stored as."""
+        return [self._stored[start:stop]]
+
+    def _reading(self, start: int) -> None:
+        if self.watch is not None:
+            self.watch.reading(start)
 
     def _widened(self, part: Tensor, buffer: Tensor) -> Tensor:
         if self._direct:

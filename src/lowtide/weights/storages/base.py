@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lowtide.weights.watch import Watch
+
 _TAKE_ROWS = 128
 
 Parts = Mapping[str, Tensor]
@@ -47,6 +49,7 @@ class QuantizedMatrix:
         """Wrap `parts`, on mapped memory."""
         self._storage, self._parts = storage, parts
         self._shape, self._dtype = shape, compute_dtype
+        self.watch: Watch | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -55,16 +58,19 @@ class QuantizedMatrix:
 
     def rows_per_tile(self, buffer: Tensor) -> int:
         """Rows that one call of `rows` may ask for."""
-        return max(1, buffer.numel() // self._shape[1])
+        rows = max(1, buffer.numel() // self._shape[1])
+        return rows if self.watch is None else min(rows, self.watch.max_rows)
 
     def rows(self, start: int, stop: int, buffer: Tensor) -> Tensor:
         """`W[start:stop]` in the compute dtype, `(stop - start, in)`."""
+        self._reading(start)
         out = buffer[: (stop - start) * self._shape[1]].view(stop - start, -1)
         self._storage.decode_(out, self._parts, slice(start, stop), (0, self._shape[1]))
         return out
 
     def cols(self, start: int, stop: int, buffer: Tensor) -> Tensor:
         """`W[:, start:stop]` in the compute dtype, `(out, stop - start)`."""
+        self._reading(0)
         out = buffer[: self._shape[0] * (stop - start)].view(-1, stop - start)
         self._storage.decode_(out, self._parts, slice(None), (start, stop))
         return out
@@ -74,8 +80,18 @@ class QuantizedMatrix:
         for start in range(0, len(indices), _TAKE_ROWS):
             some = slice(start, start + _TAKE_ROWS)
             self._storage.decode_(out[some], self._parts, indices[some], (0, self._shape[1]))
+        if self.watch is not None:
+            self.watch.looked_up()
 
     def whole(self) -> Tensor:
         """The whole dequantised matrix in the compute dtype, for reference code and tests."""
         rows, cols = self._shape
         return self.rows(0, rows, torch.empty(rows * cols, dtype=self._dtype))
+
+    def stored(self, start: int, stop: int) -> list[Tensor]:
+        """The mapped tensors that rows `[start, stop)` are stored as."""
+        return [part[start:stop] for part in self._parts.values()]
+
+    def _reading(self, start: int) -> None:
+        if self.watch is not None:
+            self.watch.reading(start)

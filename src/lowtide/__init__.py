@@ -17,6 +17,7 @@ from lowtide.methods import gradients
 from lowtide.model.adapter import Adapter, LoraConfig
 from lowtide.model.batch import Batch
 from lowtide.model.decoder import load_model
+from lowtide.train.budget import plan
 from lowtide.train.run import train
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ __all__ = [
     "gradients",
     "load_model",
     "logits",
+    "plan",
     "train",
 ]
 

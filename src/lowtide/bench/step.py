@@ -13,15 +13,16 @@ import torch
 
 from lowtide.config import setting
 from lowtide.memory.measure import MemoryMeter
-from lowtide.methods import METHODS, MethodOptions, check_options, get_method
+from lowtide.methods import check_options, get_method
 from lowtide.methods.options import OPTIONS_OF
 from lowtide.model.adapter import Adapter
 from lowtide.model.batch import Batch
 from lowtide.model.decoder import Decoder
 from lowtide.model.flops import step_flops
+from lowtide.train.budget import within_budget
 from lowtide.train.loop import StepReport, Trainer, measured_update
 from lowtide.train.run import check_length, open_model
-from lowtide.train.settings import LoraSettings, ModelSettings, OptimizerSettings, TrainSettings
+from lowtide.train.settings import ModelSettings, StepSettings, TrainSettings
 from lowtide.weights.writer import tensor_bytes
 
 from .shapes import SHAPES, ShapeSettings, cache_directory, shape_directory, shape_of
@@ -70,10 +71,9 @@ def located(settings: M, say: Callable[[str], None] = nothing_said) -> M:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchStepSettings(MethodOptions, OptimizerSettings, LoraSettings, ShapeModelSettings):
+class BenchStepSettings(StepSettings, ShapeModelSettings):
     """Settings of `lowtide bench step`."""
 
-    method: str = setting("mesp", help="how gradients are computed", choices=tuple(METHODS))
     seq_len: int = setting(256, help="tokens per sequence", minimum=2)
     batch_size: int = setting(1, help="sequences per step", minimum=1)
     steps: int = setting(3, help="measured steps, after one that warms up", minimum=1)
@@ -103,6 +103,7 @@ def bench_step(
     at = located(settings, say)
     model = open_model(at)
     check_length(model, settings.seq_len)
+    settings, budget = within_budget(settings, model, (settings.seq_len,) * settings.batch_size)
     adapter = Adapter.create(model, settings.lora_config(), settings.seed)
     method = get_method(settings.method, settings)
     trainer = Trainer(model, adapter, method, train_settings(at))
@@ -128,6 +129,7 @@ def bench_step(
         "gemm_utilization": flops / (median["wall_s"] * rate),
         "minimal_flops": flops,
         "product_flops_per_s": rate,
+        "budget_bytes": budget,
         "steps": [asdict(report) for report in measured],
         "warmup_step": asdict(warmup),
     }

@@ -19,6 +19,7 @@ from lowtide.methods import GradSink, Method, Step, check_options, get_method
 from lowtide.model.adapter import Adapter
 from lowtide.model.batch import Batch
 from lowtide.model.decoder import Decoder
+from lowtide.train.budget import within_budget
 from lowtide.train.loop import Trainer
 from lowtide.train.run import check_length, open_model
 
@@ -94,6 +95,8 @@ def timeline_step(
         check_length(model, settings.seq_len)
         ledger.watch(model)
         tokens = settings.batch_size * settings.seq_len
+        lengths = (settings.seq_len,) * settings.batch_size
+        settings, _ = within_budget(settings, model, lengths)
         _first_products(model, tokens)
         ledger.settle()
         adapter = Adapter.create(model, settings.lora_config(), settings.seed)

@@ -25,6 +25,7 @@ COMMANDS = {
     "generate": "continue a prompt",
     "eval": "loss and perplexity on a data set",
     "check": "our gradients against autograd, on your own model and data",
+    "plan": "what a run will need, before it runs",
     "quantize": "write a quantised copy of a model: 8 or 4 bits per weight",
     "info": "what a model directory holds",
     "bench": "measure memory and time; the paper's tables, peers, reports",

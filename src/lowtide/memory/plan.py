@@ -29,6 +29,7 @@ KINDS = (
 PLANNED = ("mesp", "lcsb", "mezo")
 """Methods whose memory is planned; the others' is autograd's to decide."""
 _LIBRARIES = 3_000_000
+_SPARE_BYTES, _SPARE_SHARE = 3_000_000, 0.04
 _MOMENTS = {"sgd": 0, "adamw": 2}
 
 
@@ -80,6 +81,12 @@ class Plan:
     def predicted_peak_bytes(self) -> int:
         """Of `peak_anon_bytes`."""
         return sum(self.by_kind.values())
+
+    @property
+    def needed_bytes(self) -> int:
+        """The smallest budget for this setting: the prediction and what it may be wrong by."""
+        peak = self.predicted_peak_bytes
+        return peak + max(_SPARE_BYTES, int(_SPARE_SHARE * peak))
 
 
 def predict(work: Workload, options: MethodOptions) -> Plan:
@@ -193,11 +200,11 @@ def candidates(work: Workload, asked: MethodOptions) -> Iterator[Plan]:
     if work.method == "mesp" and asked.block_inputs == usual.block_inputs:
         places = ["memory", "file"]
     tiles = [asked.tiles] if asked.tiles != usual.tiles else list(TILES)
-    yield from (predict(work, replace(asked, keep_blocks=n)) for n in keeps)
-    for place in places:
-        for tile in tiles:
-            smallest = replace(asked, keep_blocks=keeps[-1], block_inputs=place, tiles=tile)
-            yield predict(work, smallest)
+    yield from (predict(work, replace(asked, keep_blocks=number)) for number in keeps)
+    least = replace(asked, keep_blocks=keeps[-1])
+    yield from (predict(work, replace(least, block_inputs=place)) for place in places[1:])
+    least = replace(least, block_inputs=places[-1])
+    yield from (predict(work, replace(least, tiles=tile)) for tile in tiles[1:])
 
 
 def choose(work: Workload, asked: MethodOptions, budget_bytes: int) -> Plan:
@@ -218,9 +225,9 @@ def choose(work: Workload, asked: MethodOptions, budget_bytes: int) -> Plan:
     check_planned(work.method)
     plans = list(candidates(work, asked))
     for plan in plans:
-        if plan.predicted_peak_bytes <= budget_bytes:
+        if plan.needed_bytes <= budget_bytes:
             return plan
-    least = min(plan.predicted_peak_bytes for plan in plans)
+    least = min(plan.needed_bytes for plan in plans)
     length = longest_that_fits(work, asked, budget_bytes)
     shorter = (
         f"sequences of up to {length:,} tokens would fit"
@@ -253,7 +260,7 @@ def longest_that_fits(work: Workload, asked: MethodOptions, budget_bytes: int) -
 
     def fits(length: int) -> bool:
         at = replace(work, lengths=(length,) * len(work.lengths))
-        return any(p.predicted_peak_bytes <= budget_bytes for p in candidates(at, asked))
+        return any(p.needed_bytes <= budget_bytes for p in candidates(at, asked))
 
     low, high = 1, work.spec.max_positions
     if fits(high):

@@ -82,15 +82,20 @@ class Trainer:
     """One run over a data set."""
 
     def __init__(
-        self, model: Decoder, adapter: Adapter, method: Method, settings: TrainSettings
+        self,
+        model: Decoder,
+        adapter: Adapter,
+        method: Method,
+        settings: TrainSettings,
+        budget_bytes: int | None = None,
     ) -> None:
         """Set up the optimiser and the gradient sink that the settings ask for."""
         self.model, self.adapter, self.method, self.settings = model, adapter, method, settings
+        self._budget = budget_bytes
         optimizer = OPTIMIZERS[settings.optimizer](settings, adapter.parameters)
-        accumulates = settings.grad_accumulation_steps > 1 or settings.max_grad_norm is not None
         self._sink: ApplySink | AccumulateSink = (
             AccumulateSink(adapter.parameters, optimizer, settings.max_grad_norm)
-            if accumulates
+            if accumulates(settings)
             else ApplySink(adapter.parameters, optimizer)
         )
         self._stop_requested = self._updating = False
@@ -194,6 +199,7 @@ class Trainer:
             run_dir.confirm()
             run_dir.log(asdict(report))
             observer.on_step(report)
+            self._require_budget(report)
             if self._stop_requested:
                 raise KeyboardInterrupt
             if step % s.steps_per_eval == 0 or step == s.iters:
@@ -201,6 +207,13 @@ class Trainer:
             if step % s.save_every == 0 and step < s.iters:
                 run_dir.save(self.adapter, step)
                 observer.on_save(step)
+
+    def _require_budget(self, report: StepReport) -> None:
+        if self._budget is not None and report.peak_anon_bytes > self._budget:
+            raise TrainingError(
+                f"the update took {report.peak_anon_bytes / 1e6:,.1f} MB, more than the budget of "
+                f"{self._budget / 1e6:,.1f} MB. Raise --memory-budget, or lower --max-seq-length."
+            )
 
     def _finish(self, run: _Run) -> None:
         """Save what the last update made, and see that its loss is finite too."""
@@ -224,6 +237,11 @@ class Trainer:
         run.history.valid_loss, run.history.validated_step = result.loss, step
         run.run_dir.log({"step": step, "valid_loss": result.loss, "n_tokens": result.n_tokens})
         run.observer.on_valid(step, result)
+
+
+def accumulates(settings: TrainSettings) -> bool:
+    """Whether an update needs the gradients of all parameters at once."""
+    return settings.grad_accumulation_steps > 1 or settings.max_grad_norm is not None
 
 
 def measured_update(

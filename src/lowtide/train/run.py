@@ -22,7 +22,8 @@ from lowtide.model.adapter import Adapter
 from lowtide.model.decoder import Decoder, load_model
 from lowtide.model.threads import set_threads
 
-from .loop import Observer, StepReport, Trainer, TrainResult
+from .budget import within_budget
+from .loop import Observer, StepReport, Trainer, TrainResult, accumulates
 from .run_dir import RunDir, check_output, check_space, made_directory
 from .settings import DataSettings, ModelSettings, TrainSettings
 
@@ -100,7 +101,15 @@ def train(
         train_set = TokenDataset.open(report.splits["train"].path)
         valid = report.splits.get("valid")
         valid_set = None if valid is None else TokenDataset.open(valid.path)
-        trainer = Trainer(model, adapter, get_method(settings.method, settings), settings)
+        longest = max(max(train_set.lengths), 0 if valid_set is None else max(valid_set.lengths))
+        fitting, budget = within_budget(
+            settings,
+            model,
+            (longest,) * settings.batch_size,
+            accumulates=accumulates(settings),
+        )
+        method = get_method(settings.method, fitting)
+        trainer = Trainer(model, adapter, method, settings, budget)
         with closing(RunDir(directory, settings, settings.model)) as run_dir:
             with _finish_update_on_interrupt(trainer, observer):
                 return trainer.run(train_set, valid_set, run_dir, observer)

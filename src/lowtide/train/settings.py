@@ -106,9 +106,23 @@ class OptimizerSettings:
     adam_eps: float = setting(1e-8, help="epsilon of adamw", above=0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class StepSettings(MethodOptions, OptimizerSettings, LoraSettings):
+    """What decides the memory of a step, the model and the batch aside."""
+
+    method: str = setting("mesp", help="how gradients are computed", choices=tuple(METHODS))
+    memory_budget: str | None = setting(
+        None,
+        help="keep peak_anon_bytes within a size such as 400MB, or a share of the free memory such "
+        "as 50%, by the fastest setting that fits (see `lowtide plan`)",
+        filled=True,
+        metavar="SIZE",
+    )
+
+
 # Dataclass fields come in reverse order of the bases, which is thus the order of run.yaml.
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings(MethodOptions, OptimizerSettings, LoraSettings, DataSettings, ModelSettings):
+class TrainSettings(StepSettings, DataSettings, ModelSettings):
     """All settings of `lowtide train`."""
 
     data: str = setting(
@@ -117,7 +131,6 @@ class TrainSettings(MethodOptions, OptimizerSettings, LoraSettings, DataSettings
     )
     adapter_path: str = setting(help="directory to write the adapter to", filled=True)
     overwrite: bool = setting(False, help="replace the run that --adapter-path already holds")
-    method: str = setting("mesp", help="how gradients are computed", choices=tuple(METHODS))
     iters: int = setting(100, help="optimiser updates", minimum=1)
     batch_size: int = setting(
         1, help="sequences per forward and backward", minimum=1, maximum=MAX_BATCH

@@ -106,7 +106,7 @@ class _Subject:
         if dtype == self.model.compute_dtype:
             return self
         moved = {name: p.to(dtype) for name, p in self.adapter.items()}
-        model = load_model(self.model.directory, dtype)
+        model = load_model(self.model.directory, dtype, self.model.resident_weights)
         return _Subject(model, Adapter(self.adapter.config, moved), self.batch, self.seed)
 
 

@@ -54,6 +54,7 @@ class Decoder:
         head = EMBEDDING if spec.tied_head else HEAD
         self.head = MappedMatrix(checkpoint[head], dtype)
         self.residency: Residency | None = None
+        self.resident_weights: int | str | None = None
         self.final_norm = checkpoint[FINAL_NORM].to(dtype)
         self.linears: list[dict[str, FrozenLinear]] = []
         self.norms: list[tuple[Tensor, Tensor]] = []
@@ -202,5 +203,6 @@ def load_model(
     directory = resolve_model(str(model))
     spec = spec_from_config(read_config(directory))
     decoder = Decoder(spec, Checkpoint.open(directory), dtype, reason)
+    decoder.resident_weights = resident_weights
     decoder.residency = limit_resident(decoder, resident_weights)
     return decoder

@@ -9,7 +9,8 @@ the cached pages of the weights and of Python's and torch's libraries are droppe
 run; what other processes hold mapped cannot be dropped, and is reported. Then the same runs without
 a limit. The losses of all steps and the adapter after them must be equal bit for bit.
 
-Exit code 0: they are, and nothing was killed. 1: not so. 2: no control group can be had, and why. 130: interrupted.
+Exit code 0: they are, and nothing was killed. 1: not so. 2: no control group can be had, and why.
+130: interrupted.
 
 Only Python's standard library is used, so that this process holds nothing of torch in memory.
 Linux, root, control groups of the first or the second version.
@@ -353,8 +354,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("flags", nargs="*", help="flags of `lowtide bench step`, after --")
     given = parser.parse_args(argv)
-    # Ended like by Ctrl-C: the run is ended too, and the group removed.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         result = compare(given.memory_limit, given.python, given.flags)
     except Unavailable as error:
@@ -367,4 +366,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Ended like by Ctrl-C: the run is ended too, and the group removed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

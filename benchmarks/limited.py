@@ -10,6 +10,7 @@ run; what other processes hold mapped cannot be dropped, and is reported. Then t
 a limit. The losses of all steps and the adapter after them must be equal bit for bit.
 
 Exit code 0: they are, and nothing was killed. 1: not so. 2: no control group can be had, and why.
+130: interrupted.
 
 Only Python's standard library is used, so that this process holds nothing of torch in memory.
 Linux, root, control groups of the first or the second version.
@@ -24,6 +25,7 @@ import json
 import mmap
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -280,7 +282,8 @@ def compare(limit_bytes: int, python: str, flags: Sequence[str]) -> dict[str, An
 
     Returns:
         `limit_bytes`, `group` (see `Group.report`), `still_cached_bytes`, `limited` and `unlimited`
-        (documents of `bench step`), and where both ended well `equal` and `time_ratio`.
+        (documents of `bench step`), and where both ended well `equal`, `time_ratio` and
+        `cpu_ratio`.
 
     Raises:
         Unavailable: no control group can be had.
@@ -298,6 +301,7 @@ def compare(limit_bytes: int, python: str, flags: Sequence[str]) -> dict[str, An
     if "error" not in limited and "error" not in unlimited:
         result["equal"] = same_result(limited, unlimited)
         result["time_ratio"] = limited["wall_s"] / unlimited["wall_s"]
+        result["cpu_ratio"] = limited["cpu_s"] / unlimited["cpu_s"]
     return result
 
 
@@ -332,7 +336,10 @@ def text(result: dict[str, Any]) -> str:
         )
     if "equal" in result:
         equal = "equal bit for bit" if result["equal"] else "DIFFERENT"
-        lines.append(f"losses and adapter: {equal}   time ratio {result['time_ratio']:.2f}")
+        lines.append(
+            f"losses and adapter: {equal}   time ratio {result['time_ratio']:.2f} "
+            f"wall, {result['cpu_ratio']:.2f} CPU"
+        )
     return "\n".join(lines)
 
 
@@ -352,9 +359,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Unavailable as error:
         print(f"limited.py: no memory control group can be had: {error}.", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     print(json.dumps(result) if given.json else text(result))
     return 0 if result.get("equal") and result["group"]["oom_kills"] == 0 else 1
 
 
 if __name__ == "__main__":
+    # Ended like by Ctrl-C: the run is ended too, and the group removed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -75,7 +75,8 @@ def _step(argv: Sequence[str], name: str, text: str) -> int:
 def _line(name: str, step: Mapping[str, float]) -> str:
     return (
         f"{name:<8} peak_anon {megabytes(step['peak_anon_bytes'])}  peak_rss "
-        f"{megabytes(step['peak_rss_bytes'])}  wall {step['wall_s']:.2f} s  cpu "
+        f"{megabytes(step['peak_rss_bytes'])}  peak_file "
+        f"{megabytes(step['peak_file_bytes'])}  wall {step['wall_s']:.2f} s  cpu "
         f"{step['cpu_s']:.2f} s  {step['tokens_per_s']:,.0f} tokens/s"
     )
 

@@ -64,6 +64,7 @@ class Decoder:
         self.embedding = checkpoint.matrix(EMBEDDING, table, dtype)
         self.head = checkpoint.matrix(EMBEDDING if spec.tied_head else HEAD, table, dtype)
         self.residency: Residency | None = None
+        self.resident_weights: int | str | None = None
         self.final_norm = checkpoint[FINAL_NORM].to(dtype)
         self.linears: list[dict[str, FrozenLinear]] = []
         self.norms: list[tuple[Tensor, Tensor]] = []
@@ -81,7 +82,10 @@ class Decoder:
 
     def in_dtype(self, dtype: torch.dtype) -> Decoder:
         """The same model, on the same mapped weights, computing in another dtype."""
-        return Decoder(self.spec, self.checkpoint, dtype, self.dtype_reason, self.directory)
+        other = Decoder(self.spec, self.checkpoint, dtype, self.dtype_reason, self.directory)
+        other.resident_weights = self.resident_weights
+        other.residency = limit_resident(other, self.resident_weights)
+        return other
 
     def _linear(self, prefix: str, name: str) -> FrozenLinear:
         shape = self.spec.linear_shape(name)
@@ -221,5 +225,6 @@ def load_model(
     else:
         checkpoint = cached_checkpoint(directory, quantize)
     decoder = Decoder(spec, checkpoint, dtype, reason, directory)
+    decoder.resident_weights = resident_weights
     decoder.residency = limit_resident(decoder, resident_weights)
     return decoder

@@ -16,6 +16,7 @@ import lowtide as lt
 from lowtide.errors import ConfigError
 from lowtide.methods import METHODS, get_method
 from lowtide.model.decoder import Decoder
+from lowtide.model.quantized import quantize_model
 from lowtide.weights.residency import Residency
 
 LAYERS = 6
@@ -36,10 +37,14 @@ SHAPE = {
 FAULT_AROUND = 2 * 64 * 1024
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+@pytest.fixture(scope="module", params=["tied", "untied", "int8"])
 def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    shape = {**SHAPE, "tie_word_embeddings": request.param}
-    return write_model(tmp_path_factory.mktemp("model"), shape, torch.bfloat16)
+    shape = {**SHAPE, "tie_word_embeddings": request.param == "tied"}
+    model = write_model(tmp_path_factory.mktemp("model"), shape, torch.bfloat16)
+    if request.param == "int8":
+        quantize_model(str(model), model / "quantized", "int8")
+        return model / "quantized"
+    return model
 
 
 def resident(directory: Path) -> int:

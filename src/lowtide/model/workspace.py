@@ -92,6 +92,9 @@ class Workspace:
             backward: whether there is one.
             widened: whether tiles are copies of the weights in another dtype.
             recomputes: whether any block is recomputed, instead of all being kept.
+
+        Returns:
+            Their sum.
         """
         spec, tokens = self.spec, self.max_tokens
         parts = [] if widened else [self.tile]

@@ -149,6 +149,10 @@ class Question:
     def __init__(self, settings: PlanSettings, model: Decoder) -> None:
         """Check the options; nothing is planned yet.
 
+        Args:
+            settings: of the plan.
+            model: opened with them.
+
         Raises:
             ConfigError: an option does not belong to the method.
         """

@@ -178,13 +178,14 @@ class Runner:
             self._say(f"    measured again: {'; '.join(changed)}")
             return None
         revision = before.environment.get("git_revision")
+        other = revision != self._environment["git_revision"]
+        if other and n_rounds(before) < case.rounds:
+            self._say(f"    measured again: its rounds so far are of revision {revision}")
+            return None
         if n_rounds(before) < turn:
-            if revision != self._environment["git_revision"]:
-                self._say(f"    measured again: its rounds so far are of revision {revision}")
-                return None
             return before
         text = "done before, kept"
-        if revision != self._environment["git_revision"]:
+        if other:
             text += f" (at revision {revision}; remove {path} to measure it again)"
         self._say(f"    {text}")
         return before

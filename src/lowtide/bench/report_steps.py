@@ -139,7 +139,10 @@ def models_section(results: Results) -> Section:
             "Median step, wall seconds. Hatched: the paper's, on an iPhone.",
         ),
     ]
-    caption = f"Median of the measured steps; the step that warms up is left out. {_READING}"
+    caption = (
+        "Median of the measured steps, then of the rounds, in which the cases took turns; the step "
+        f"that warms up is left out. {_READING}"
+    )
     keys: dict[str, Callable[[Case], Any]] = {"model": lambda case: case.model}
     if len({case.seq_len for case in cases}) > 1:
         keys["T"] = lambda case: case.seq_len

@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import inspect
 import math
-import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -186,33 +185,6 @@ def _check_range(name: str, value: float, rule: Rule) -> None:
 
 def _kind_name(base: type) -> str:
     return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[base]
-
-
-_UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**n for n, p in enumerate("KMGT", 1)}}
-_UNITS |= {f"{p}IB": 1024**n for n, p in enumerate("KMGT", 1)}
-
-
-def size_in_bytes(name: str, value: int | str) -> int:
-    """A size as a user writes it: `400MB` (10^6), `384MiB` (2^20), or bytes.
-
-    Args:
-        name: the setting, for the message.
-        value: text or a number of bytes.
-
-    Returns:
-        Bytes, at least 1.
-
-    Raises:
-        ConfigError: it is no size.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", str(value))
-    unit = _UNITS.get(found[2].upper()) if found else None
-    size = int(float(found[1]) * unit) if found and unit else 0
-    if size < 1 or isinstance(value, bool):
-        raise ConfigError(
-            f"{name} is {value!r}; expected a size such as 400MB, 384MiB or a number of bytes."
-        )
-    return size
 
 
 class Parser(argparse.ArgumentParser):

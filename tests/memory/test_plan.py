@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from small import CONFIG, environment, small_weights, write_small_model
 
 import lowtide as lt
+from lowtide.bench.child import flags_of
 from lowtide.cli.main import main
 from lowtide.errors import ConfigError
 from lowtide.memory.plan import PLANNED, Plan, Workload, candidates, choose, predict
@@ -92,11 +93,10 @@ def _write(directory: Path, shape: dict[str, Any], dtype: torch.dtype) -> Path:
 
 def _measured(model: Path, settings: dict[str, Any]) -> int:
     """The highest peak of two steps in a fresh process."""
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     done = subprocess.run(
         [
             sys.executable, "-m", "lowtide.cli.main", "bench", "step", "--model", str(model),
-            "--steps", "2", "--json", *words,
+            "--steps", "2", "--json", *flags_of(settings),
         ],
         capture_output=True, text=True, env=environment(), check=False,
     )  # fmt: skip
@@ -108,7 +108,6 @@ def _case(seed: int, directory: Path) -> tuple[Plan, int]:
     shape, do, options = _draw(random.Random(seed))
     dtype = do.pop("dtype")
     model = _write(directory, shape, dtype)
-    recompute = options.pop("recompute_h", True)
     work = Workload(
         spec=spec_from_config({**CONFIG, **shape}),
         config=LoraConfig(
@@ -121,21 +120,7 @@ def _case(seed: int, directory: Path) -> tuple[Plan, int]:
         lengths=(do["seq_len"],) * do["batch_size"],
         widened=dtype != torch.float32,
     )
-    flags = {**do, **options}
-    if not recompute:
-        flags["recompute_h"] = "false"
-    plan = predict(work, MethodOptions(**options, recompute_h=recompute))
-    return plan, _measured_with(model, flags)
-
-
-def _measured_with(model: Path, flags: dict[str, Any]) -> int:
-    """As `_measured`, with `recompute_h` as the flag that turns it off."""
-    off = flags.pop("recompute_h", None)
-    if off is None:
-        return _measured(model, flags)
-    config = model / "settings.yaml"
-    config.write_text("recompute_h: false\n")
-    return _measured(model, {**flags, "config": config})
+    return predict(work, MethodOptions(**options)), _measured(model, {**do, **options})
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -195,8 +195,8 @@ def passes(kind: str) -> Iterator[int]:
 def test_a_pass_reads_what_was_not_there_and_nothing_twice(kind: str, pinned: int) -> None:
     log: list[int] = []
     pages = [Pages(log, number, SIZE) for number in range(BLOCKS + PARTS)]
-    limit: Callable[[], int] = lambda: (2 + pinned) * SIZE  # noqa: E731
-    residency = Residency([[one] for one in pages], BLOCKS, limit, from_cache=True)  # type: ignore[list-item]
+    limit: Callable[[], int] = lambda: (2 + pinned) * SIZE  # noqa: E731  # as the parameter it stands for
+    residency = Residency([[one] for one in pages], BLOCKS, limit, from_cache=True)  # type: ignore[list-item]  # stands for spans
     for turn in range(4):
         log.clear()
         for piece in passes(kind):
@@ -211,7 +211,7 @@ def test_a_pass_reads_what_was_not_there_and_nothing_twice(kind: str, pinned: in
 def test_pinned_blocks_are_spread() -> None:
     """No two gaps between them differ by more than the golden ratio's three sizes allow."""
     pages = [Pages([], number, SIZE) for number in range(BLOCKS + PARTS)]
-    residency = Residency([[one] for one in pages], BLOCKS, lambda: 8 * SIZE, from_cache=True)  # type: ignore[list-item]
+    residency = Residency([[one] for one in pages], BLOCKS, lambda: 8 * SIZE, from_cache=True)  # type: ignore[list-item]  # stands for spans
     residency.use(0)
     pinned = sorted(residency._pinned)
     gaps = [b - a for a, b in pairwise(pinned)]

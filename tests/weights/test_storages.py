@@ -175,7 +175,7 @@ def test_unpacking_takes_little_beside_the_buffer(name: str) -> None:
     made: list[int] = []
 
     class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # torch's own
             given = {t.untyped_storage().data_ptr() for t in tensors((args, kwargs))}
             out = func(*args, **(kwargs or {}))
             storages = [t.untyped_storage() for t in tensors(out)]

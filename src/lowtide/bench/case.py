@@ -12,10 +12,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from lowtide.command import lowtide_command
 from lowtide.errors import LowtideError
 from lowtide.memory.available import available_bytes
 
-from .child import SkippedError, flags_of, lowtide_command, run_child
+from .child import SkippedError, flags_of, run_child
 from .environment import differences, environment
 from .predict import needed_bytes
 from .results import (

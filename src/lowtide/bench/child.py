@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,11 +20,6 @@ _PATIENCE_S = 5.0
 
 class SkippedError(LowtideError):
     """What was to be measured is not installed here."""
-
-
-def lowtide_command(*arguments: str) -> list[str]:
-    """A lowtide command that prints JSON, run by this Python."""
-    return [sys.executable, "-P", "-m", "lowtide.cli.main", *arguments, "--json"]
 
 
 def flags_of(settings: Mapping[str, Any]) -> list[str]:

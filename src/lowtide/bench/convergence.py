@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lowtide.command import lowtide_command
 from lowtide.demo.assets import asset_dir
 from lowtide.demo.household import FINE_TUNING, write_data
 from lowtide.errors import LowtideError
 from lowtide.train.run_dir import METRICS_FILE
 
-from .child import flags_of, lowtide_command, run_child
+from .child import flags_of, run_child
 from .shapes import DEMO_MODEL
 
 CONVERGENCE_METHODS = ("mesp", "mebp", "mezo")

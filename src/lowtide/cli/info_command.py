@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from lowtide.model.spec import ModelSpec
 from lowtide.train.run import open_model
 from lowtide.train.settings import ModelSettings
+from lowtide.weights.checkpoint import dtype_name
 
 from .output import megabytes, settings_of
 
@@ -42,7 +43,7 @@ def run(argv: Sequence[str]) -> int:
             "n_parameters": spec.n_parameters,
             "bytes_on_disk": model.checkpoint.nbytes,
             "stored_dtypes": model.stored_dtypes,
-            "compute_dtype": str(model.compute_dtype).removeprefix("torch."),
+            "compute_dtype": dtype_name(model.compute_dtype),
             "compute_dtype_reason": model.dtype_reason,
             "num_layers": spec.num_layers,
             "hidden_size": spec.hidden_size,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowtide.bench.child import lowtide_command
+from lowtide.command import lowtide_command
 from lowtide.data.tokenizer import Tokenizer
 from lowtide.errors import KINDS, LowtideError
 from lowtide.infer.generate import generate

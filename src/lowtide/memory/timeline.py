@@ -31,7 +31,6 @@ import weakref
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -39,11 +38,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lowtide.weights.mapping import file_areas
+
 from . import measure
 from .kinds import KINDS, Stack, kind_of, where
 
 MAX_SAMPLES = 600
-_MAPS = Path("/proc/self/maps")
 _NEAR_PEAK = 0.99
 _LOSS, _OTHER, _ALLOCATOR = (KINDS.index(kind) for kind in ("loss", "other", "allocator"))
 _GRADIENTS, _INTERMEDIATES = KINDS.index("gradients"), KINDS.index("block intermediates")
@@ -318,16 +318,7 @@ def _is_mapped(storage: Any, func: Any) -> bool:
     if all(value.alias_info is None for value in func._schema.returns):
         return False
     address = storage.data_ptr()
-    try:
-        lines = _MAPS.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return False
-    for line in lines:
-        span, _, _, _, inode, *_ = line.split(maxsplit=5)
-        start, stop = (int(part, 16) for part in span.split("-"))
-        if start <= address < stop:
-            return inode != "0"
-    return False
+    return any(area.start <= address < area.stop for area in file_areas())
 
 
 def _peak_place(anon: Sequence[int], used: Sequence[int]) -> int:

@@ -13,7 +13,7 @@ from lowtide.errors import ConfigError, DataError
 from lowtide.ops.attention import Heads, Segment, self_segments
 from lowtide.ops.glu import Glu
 from lowtide.ops.lora_linear import Linear, Lora
-from lowtide.weights.checkpoint import Checkpoint
+from lowtide.weights.checkpoint import Checkpoint, dtype_name
 from lowtide.weights.matrix import StoredMatrix
 from lowtide.weights.residency import Residency
 
@@ -216,7 +216,7 @@ def load_model(
         OutputError: the cache cannot be written.
     """
     if isinstance(compute_dtype, torch.dtype):
-        compute_dtype = str(compute_dtype).removeprefix("torch.")
+        compute_dtype = dtype_name(compute_dtype)
     dtype, reason = choose_compute_dtype(compute_dtype)
     directory = resolve_model(str(model))
     spec = spec_from_config(read_config(directory))

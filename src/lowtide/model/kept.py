@@ -19,7 +19,6 @@ class KeptBlocks:
         self, spec: ModelSpec, layers: Collection[int], max_tokens: int, dtype: torch.dtype
     ) -> None:
         """Make room for batches of up to `max_tokens` tokens; `layers` are 0-based."""
-        self.layers = frozenset(layers)
         self._spec, self._max_tokens = spec, max_tokens
         self._flat = torch.empty(len(layers), kept_elements(spec) * max_tokens, dtype=dtype)
         self._places = {layer: place for place, layer in enumerate(sorted(layers))}

@@ -10,10 +10,10 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 from lowtide.caches import cache_root
+from lowtide.command import lowtide_command
 from lowtide.config import did_you_mean
 from lowtide.errors import KINDS, ConfigError, LowtideError, ModelError, OutputError
 from lowtide.weights.checkpoint import INDEX_FILE, Checkpoint, weight_files
@@ -174,7 +174,7 @@ def _quantize_in_child(directory: Path, cache: Path, storage: str) -> None:
     """Run `lowtide quantize`, whose progress goes to stderr."""
     arguments = [str(directory.resolve()), str(cache), "--quantize", storage, "--overwrite"]
     child = subprocess.run(
-        [sys.executable, "-P", "-m", "lowtide.cli.main", "quantize", *arguments, "--json"],
+        lowtide_command("quantize", *arguments),
         stdout=subprocess.PIPE,
         check=False,
     )

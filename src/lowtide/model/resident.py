@@ -6,10 +6,10 @@ import sys
 from functools import cache
 from typing import TYPE_CHECKING
 
-from lowtide.config import size_in_bytes
 from lowtide.errors import ConfigError
 from lowtide.memory.available import available_bytes
 from lowtide.memory.measure import read_memory
+from lowtide.sizes import size_in_bytes
 from lowtide.weights.residency import Residency, watch_matrices
 
 if TYPE_CHECKING:

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeVar
 
-from lowtide.config import build, setting, size_in_bytes
+from lowtide.config import build, setting
 from lowtide.errors import ConfigError
 from lowtide.memory.available import available_bytes
 from lowtide.memory.plan import Plan, Workload, candidates, choose, longest_that_fits, predict
 from lowtide.methods import MethodOptions, check_options
 from lowtide.model.decoder import Decoder
+from lowtide.sizes import size_in_bytes
+from lowtide.weights.checkpoint import dtype_name
 
 from .settings import ModelSettings, StepSettings
 
@@ -81,7 +83,7 @@ def workload(
         accumulates=accumulates,
         lengths=tuple(lengths),
         dtype=model.compute_dtype,
-        widened=model.stored_dtypes != [str(model.compute_dtype).removeprefix("torch.")],
+        widened=model.stored_dtypes != [dtype_name(model.compute_dtype)],
     )
 
 

@@ -73,7 +73,7 @@ class Span:
         _madvise(self.address, self.nbytes, advice)
 
 
-class _Area(NamedTuple):
+class FileArea(NamedTuple):
     """A line of /proc/self/maps that shows a file."""
 
     start: int
@@ -92,7 +92,7 @@ def file_spans(tensors: Iterable[Tensor]) -> list[Span] | None:
         Spans in order of their addresses, rounded outwards to whole pages, or None where a tensor
         is not on a mapped file or the system does not tell (no /proc).
     """
-    areas = _areas()
+    areas = file_areas()
     spans: list[Span] = []
     for tensor in sorted(tensors, key=Tensor.data_ptr):
         start = tensor.data_ptr() // _PAGE * _PAGE
@@ -108,7 +108,8 @@ def file_spans(tensors: Iterable[Tensor]) -> list[Span] | None:
     return spans
 
 
-def _areas() -> list[_Area]:
+def file_areas() -> list[FileArea]:
+    """The mapped files of this process; none where the system does not tell."""
     try:
         lines = _MAPS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
@@ -118,7 +119,7 @@ def _areas() -> list[_Area]:
         addresses, _, offset, _, inode, *path = line.split(maxsplit=5)
         if inode != "0" and path:
             start, stop = (int(part, 16) for part in addresses.split("-"))
-            areas.append(_Area(start, stop, int(offset, 16), path[0]))
+            areas.append(FileArea(start, stop, int(offset, 16), path[0]))
     return areas
 
 

@@ -2,47 +2,97 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from lowtide.ops.frozen import FrozenMatrix
-
-from .watch import Watch
-
 _TAKE_ROWS = 128
 
 
-class StoredMatrix(FrozenMatrix, Protocol):
-    """A frozen matrix of a checkpoint, whatever its storage."""
+class Watch(Protocol):
+    """Told what is about to be read of a matrix, so that its pages can be there and others not."""
 
+    @property
+    def max_rows(self) -> int:
+        """Rows that may be read at once."""
+
+    def reading(self, start: int) -> None:
+        """Rows from `start`, at most `max_rows`, or all columns of some are about to be read."""
+
+    def looked_up(self) -> None:
+        """Single rows have been read, and are not needed again."""
+
+
+class StoredMatrix(ABC):
+    """A frozen `(out, in)` matrix of a checkpoint, whatever its storage.
+
+    Implements `ops.frozen.FrozenMatrix`, and tells its watch, if it has one, what is about to be
+    read.
+    """
+
+    watch: Watch | None = None
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """`(out, in)`."""
+
+    @abstractmethod
+    def rows(self, start: int, stop: int, buffer: Tensor) -> Tensor:
+        """`W[start:stop]` in the compute dtype, `(stop - start, in)`."""
+
+    @abstractmethod
+    def cols(self, start: int, stop: int, buffer: Tensor) -> Tensor:
+        """`W[:, start:stop]` in the compute dtype, `(out, stop - start)`."""
+
+    @abstractmethod
     def whole(self) -> Tensor:
-        """The whole `(out, in)` matrix in a floating dtype, for reference code and tests."""
+        """The whole matrix in a floating dtype, for reference code and tests."""
 
+    @abstractmethod
     def stored(self, start: int, stop: int) -> list[Tensor]:
         """The mapped tensors that rows `[start, stop)` are stored as."""
 
-    @property
-    def watch(self) -> Watch | None:
-        """Told what is about to be read, or None."""
+    @abstractmethod
+    def _take(self, indices: Tensor, out: Tensor) -> None:
+        """`out = W[indices]`, all at once."""
 
-    @watch.setter
-    def watch(self, watch: Watch | None) -> None: ...
+    def rows_per_tile(self, buffer: Tensor) -> int:
+        """Rows that one call of `rows` may ask for.
+
+        No more where nothing is widened: the product library packs what it is given into memory
+        of its own.
+        """
+        rows = max(1, buffer.numel() // self.shape[1])
+        return rows if self.watch is None else min(rows, self.watch.max_rows)
+
+    def take(self, indices: Tensor, out: Tensor) -> None:
+        """`out = W[indices]`, some rows at a time."""
+        for start in range(0, len(indices), _TAKE_ROWS):
+            some = slice(start, start + _TAKE_ROWS)
+            self._take(indices[some], out[some])
+        if self.watch is not None:
+            self.watch.looked_up()
+
+    def _reading(self, start: int) -> None:
+        """Rows from `start`, or all of some columns, are about to be read."""
+        if self.watch is not None:
+            self.watch.reading(start)
 
 
-class MappedMatrix:
+class MappedMatrix(StoredMatrix):
     """A frozen `(out, in)` matrix whose storage is a mapped safetensors file.
 
-    Implements `StoredMatrix`. When the stored dtype is the compute dtype, tiles are
-    views of the file and cost nothing; otherwise they are widened into the caller's buffer.
+    When the stored dtype is the compute dtype, tiles are views of the file and cost nothing;
+    otherwise they are widened into the caller's buffer.
     """
 
     def __init__(self, stored: Tensor, compute_dtype: torch.dtype) -> None:
         """Wrap `stored`, a 2-D tensor on mapped memory."""
         self._stored = stored
         self._direct = stored.dtype == compute_dtype
-        self.watch: Watch | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -55,15 +105,6 @@ class MappedMatrix:
         """Bytes in the file."""
         return self._stored.numel() * self._stored.element_size()
 
-    def rows_per_tile(self, buffer: Tensor) -> int:
-        """Rows that one call of `rows` may ask for.
-
-        No more where nothing is widened: the product library packs what it is given into memory
-        of its own.
-        """
-        rows = max(1, buffer.numel() // self._stored.shape[1])
-        return rows if self.watch is None else min(rows, self.watch.max_rows)
-
     def rows(self, start: int, stop: int, buffer: Tensor) -> Tensor:
         """`W[start:stop]` in the compute dtype, `(stop - start, in)`."""
         self._reading(start)
@@ -74,14 +115,6 @@ class MappedMatrix:
         self._reading(0)
         return self._widened(self._stored[:, start:stop], buffer)
 
-    def take(self, indices: Tensor, out: Tensor) -> None:
-        """`out = W[indices]`, some rows at a time."""
-        for start in range(0, len(indices), _TAKE_ROWS):
-            stop = min(start + _TAKE_ROWS, len(indices))
-            out[start:stop].copy_(self._stored[indices[start:stop]])
-        if self.watch is not None:
-            self.watch.looked_up()
-
     def whole(self) -> Tensor:
         """The stored tensor itself, for reference code and tests; never widened."""
         self._reading(0)
@@ -91,9 +124,8 @@ class MappedMatrix:
         """The mapped tensors that rows `[start, stop)` are stored as."""
         return [self._stored[start:stop]]
 
-    def _reading(self, start: int) -> None:
-        if self.watch is not None:
-            self.watch.reading(start)
+    def _take(self, indices: Tensor, out: Tensor) -> None:
+        out.copy_(self._stored[indices])
 
     def _widened(self, part: Tensor, buffer: Tensor) -> Tensor:
         if self._direct:

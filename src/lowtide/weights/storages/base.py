@@ -8,9 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lowtide.weights.watch import Watch
-
-_TAKE_ROWS = 128
+from lowtide.weights.matrix import StoredMatrix
 
 Parts = Mapping[str, Tensor]
 """The tensors that one `(out, in)` matrix is stored as; the first dimension of each is `out`."""
@@ -40,8 +38,8 @@ class Storage(Protocol):
         """`out = W[rows, start:stop]`, `(n, stop - start)` with contiguous rows."""
 
 
-class QuantizedMatrix:
-    """A frozen `(out, in)` matrix in a quantised storage. Implements `matrix.StoredMatrix`."""
+class QuantizedMatrix(StoredMatrix):
+    """A frozen `(out, in)` matrix in a quantised storage."""
 
     def __init__(
         self, storage: Storage, parts: Parts, shape: tuple[int, int], compute_dtype: torch.dtype
@@ -49,17 +47,11 @@ class QuantizedMatrix:
         """Wrap `parts`, on mapped memory."""
         self._storage, self._parts = storage, parts
         self._shape, self._dtype = shape, compute_dtype
-        self.watch: Watch | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
         """`(out, in)`."""
         return self._shape
-
-    def rows_per_tile(self, buffer: Tensor) -> int:
-        """Rows that one call of `rows` may ask for."""
-        rows = max(1, buffer.numel() // self._shape[1])
-        return rows if self.watch is None else min(rows, self.watch.max_rows)
 
     def rows(self, start: int, stop: int, buffer: Tensor) -> Tensor:
         """`W[start:stop]` in the compute dtype, `(stop - start, in)`."""
@@ -75,14 +67,6 @@ class QuantizedMatrix:
         self._storage.decode_(out, self._parts, slice(None), (start, stop))
         return out
 
-    def take(self, indices: Tensor, out: Tensor) -> None:
-        """`out = W[indices]`, some rows at a time."""
-        for start in range(0, len(indices), _TAKE_ROWS):
-            some = slice(start, start + _TAKE_ROWS)
-            self._storage.decode_(out[some], self._parts, indices[some], (0, self._shape[1]))
-        if self.watch is not None:
-            self.watch.looked_up()
-
     def whole(self) -> Tensor:
         """The whole dequantised matrix in the compute dtype, for reference code and tests."""
         rows, cols = self._shape
@@ -92,6 +76,5 @@ class QuantizedMatrix:
         """The mapped tensors that rows `[start, stop)` are stored as."""
         return [part[start:stop] for part in self._parts.values()]
 
-    def _reading(self, start: int) -> None:
-        if self.watch is not None:
-            self.watch.reading(start)
+    def _take(self, indices: Tensor, out: Tensor) -> None:
+        self._storage.decode_(out, self._parts, indices, (0, self._shape[1]))

@@ -13,8 +13,11 @@ from lowtide.ops.attention import (
     Segment,
     attention_backward,
     attention_forward,
+    is_fused,
     score_elements,
     self_segments,
+    tiled_backward,
+    tiled_forward,
 )
 
 TOLERANCE = 1e-12  # float64 sums of a few hundred terms round at 1e-14
@@ -44,27 +47,41 @@ def _inputs(
 
 
 def _ours(
-    q: Tensor, k: Tensor, v: Tensor, do: Tensor, heads: Heads, lengths: list[int], capacity: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    do: Tensor,
+    heads: Heads,
+    lengths: list[int],
+    capacity: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Output and gradients. Every buffer starts as NaN; inputs must stay as they were."""
+    """Output and gradients, in tiles of a capacity or with None by the fused kernel.
+
+    Every buffer starts as NaN; inputs must stay as they were.
+    """
     segments = self_segments(lengths)
     before = [t.clone() for t in (q, k, v, do)]
     out = torch.full_like(q, torch.nan)
-    scores = [torch.full((capacity,), torch.nan, dtype=q.dtype) for _ in range(2)]
-    lse = attention_forward(q, k, v, heads, segments, out=out, score=scores[0])
+    scores = [torch.full((capacity or 0,), torch.nan, dtype=q.dtype) for _ in range(2)]
+    forward, backward = (
+        (attention_forward, attention_backward)
+        if capacity is None
+        else (tiled_forward, tiled_backward)
+    )
+    lse = forward(q, k, v, heads, segments, out=out, score=scores[0])
     assert all(t.equal(b) for t, b in zip((q, k, v), before, strict=False)), "input overwritten"
     dq, o = q.clone(), out.clone()
     dk, dv = torch.full_like(k, torch.nan), torch.full_like(v, torch.nan)
-    attention_backward(do, dq, k, v, o, lse, heads, segments, dk=dk, dv=dv, scores=scores)
+    backward(do, dq, k, v, o, lse, heads, segments, dk=dk, dv=dv, scores=scores)
     assert all(t.equal(b) for t, b in zip((q, k, v, do), before, strict=True)), "input overwritten"
     return out, dq, dk, dv
 
 
-def _capacities(heads: Heads, lengths: list[int]) -> list[int]:
-    """One row of one kv head, a few rows, and the workspace's own size: all tilings differ."""
+def _capacities(heads: Heads, lengths: list[int]) -> list[int | None]:
+    """One row of one kv head, a few rows, the workspace's own size, and the fused kernel."""
     row = heads.group * max(lengths)
     narrow = [row, 3 * row + 1] if max(lengths) < 100 else [11 * row + 1]
-    return [*narrow, 17 * row * heads.num_kv, score_elements(max(lengths))]
+    return [*narrow, 17 * row * heads.num_kv, score_elements(max(lengths)), None]
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
@@ -85,7 +102,8 @@ def test_matches_autograd_in_float64_at_every_tiling(heads: Heads, lengths: list
 
 
 @pytest.mark.parametrize("heads", HEADS, ids=str)
-def test_float32_is_as_close_as_the_plain_formula(heads: Heads) -> None:
+@pytest.mark.parametrize("capacity", [score_elements(64), None])
+def test_float32_is_as_close_as_the_plain_formula(heads: Heads, capacity: int | None) -> None:
     lengths = [1, 5, 1, 64, 2]
     inputs = _inputs(heads, sum(lengths), torch.float32)
 
@@ -94,7 +112,7 @@ def test_float32_is_as_close_as_the_plain_formula(heads: Heads) -> None:
         o = _plain(*leaves, heads, lengths)
         return [o.detach(), *torch.autograd.grad(o, leaves, inputs[3].to(dtype))]
 
-    ours = _ours(*inputs, heads, lengths, score_elements(64))
+    ours = _ours(*inputs, heads, lengths, capacity)
     for mine, naive, truth in zip(ours, plain(torch.float32), plain(torch.float64), strict=True):
         # Scores of size up to |q||k|/sqrt(dim) carry their rounding into the exponent.
         assert_noise_floor(mine, naive, truth, float(truth.abs().max()) * heads.dim**0.5)
@@ -113,18 +131,42 @@ def test_earlier_keys_from_a_cache() -> None:
         assert relative(out, whole[first:]) < TOLERANCE
 
 
+@pytest.mark.parametrize("capacity", [1 << 17, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_scores_of_ten_thousand_stay_finite_and_right(dtype: torch.dtype) -> None:
+def test_scores_of_ten_thousand_stay_finite_and_right(
+    dtype: torch.dtype, capacity: int | None
+) -> None:
     heads, lengths = Heads(4, 2, 4), [9, 4]
     q, k, v, do = (t.to(dtype) for t in _inputs(heads, 13))
     q, k = q * 100, k * 100  # scores up to about 1e4 * |q||k| / 2
-    out, dq, dk, dv = _ours(q, k, v, do, heads, lengths, 1 << 17)
+    out, dq, dk, dv = _ours(q, k, v, do, heads, lengths, capacity)
     truth = _plain(q.double(), k.double(), v.double(), heads, lengths)
     assert all(torch.isfinite(t).all() for t in (out, dq, dk, dv))
     # A score of 3e4 rounds by 3e4 eps, and so relatively does its exponential.
     tolerance = 1e-10 if dtype is torch.float64 else 3e4 * 8 * EPS32
     assert relative(out, truth) < tolerance
     assert float(out.abs().max()) <= float(v.abs().max()) * (1 + 1e-5)
+
+
+def test_how_many_heads_go_together_changes_no_bit() -> None:
+    heads, lengths = Heads(8, 4, 10), [40, 3]
+    inputs = _inputs(heads, 43, torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        few = _ours(*inputs, heads, lengths)
+        torch.set_num_threads(8)
+        all_heads = _ours(*inputs, heads, lengths)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(a.equal(b) for a, b in zip(few, all_heads, strict=True))
+
+
+def test_sequences_go_to_the_fused_kernel_and_cached_keys_do_not() -> None:
+    q = torch.zeros(3, 4)
+    assert is_fused(q, self_segments([1, 2]))
+    assert not is_fused(q, [Segment(0, 3, 0, 5)])
+    assert not is_fused(q.to("meta"), self_segments([3]))
 
 
 def test_a_row_of_any_group_of_heads_fits_the_score_buffer() -> None:

@@ -20,7 +20,7 @@ from lowtide.model.adapter import LoraConfig
 from lowtide.model.kept import kept_elements
 from lowtide.model.spec import ModelSpec
 from lowtide.model.workspace import TILES, Workspace
-from lowtide.ops.attention import Heads, self_segments, tile_elements
+from lowtide.ops.attention import Heads, allocated_elements, self_segments
 
 KINDS = (
     "adapter", "optimizer", "gradients", "block inputs", "kept blocks", "stored h", "buffers",
@@ -160,7 +160,9 @@ def _intermediates(work: Workload, backward: bool) -> int:
     rotary = tokens * spec.head_dim
     statistics = tokens * (2 * spec.num_heads + 3)
     heads = Heads(spec.num_heads, spec.num_kv_heads, spec.head_dim)
-    attention = tile_elements(self_segments(work.lengths), heads, backward=backward)
+    attention = allocated_elements(
+        self_segments(work.lengths), heads, work.dtype, backward=backward
+    )
     targets = work.config.linears()
     if backward:
         adapters = rank * (_gradient_columns(spec, targets) + 6 * tokens)

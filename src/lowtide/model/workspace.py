@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lowtide.ops.attention import score_elements
 from lowtide.ops.cross_entropy import LossBuffers
+from lowtide.ops.fused_attention import available
 from lowtide.ops.glu import GluBuffers
 
 from .spec import ModelSpec
@@ -98,9 +99,12 @@ class Workspace:
         """
         spec, tokens = self.spec, self.max_tokens
         parts = [] if widened else [self.tile]
+        if available(self.dtype):
+            parts += self.scores
         if not backward:
             rotated = tokens * max(spec.q_width, spec.kv_width) // 2
-            parts += [self._wide[3], self._wide[4][rotated:], *self._narrow[2:], self.scores[1]]
+            parts += [self._wide[3], self._wide[4][rotated:], *self._narrow[2:]]
+            parts += [] if available(self.dtype) else self.scores[1:]
         elif not recomputes:
             parts += [wide[tokens * spec.hidden_size :] for wide in self._wide[1:3]]
             parts += self._narrow[:2]

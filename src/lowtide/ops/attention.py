@@ -8,6 +8,9 @@ as in FlashAttention (arXiv 2205.14135), with one softmax per row tile because a
 its keys. The `g` query heads that share a key/value head are folded into rows, so that K and V are
 never repeated. Saved: `lse (T, heads)`. A score tile holds at most `score_elements` numbers: memory
 grows with T, not with T^2, and keys above the diagonal are skipped tile by tile.
+
+Whole sequences on a CPU go to the fused kernel of `ops.fused_attention` where torch has it; the
+tiles serve all else.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .elementwise import exp_below_zero_
+from .fused_attention import available, elements, fused_backward, fused_forward
 
 _GOOD_ELEMENTS = 1 << 16
 
@@ -92,21 +96,26 @@ def _tiles(segments: Sequence[Segment], heads: Heads, capacity: int) -> Iterator
                 yield _Tile(q0, q1, segment.k_start, k1, h0, min(h0 + kv_heads, heads.num_kv))
 
 
-def tile_elements(segments: Sequence[Segment], heads: Heads, *, backward: bool) -> int:
-    """Elements that a tile allocates at most, beside the score buffers.
+def allocated_elements(
+    segments: Sequence[Segment], heads: Heads, dtype: torch.dtype, *, backward: bool
+) -> int:
+    """Elements that attention on a CPU allocates at most, beside the score buffers.
 
     Args:
-        segments: of the batch.
+        segments: of the batch, each a whole sequence.
         heads: the division into heads.
+        dtype: of the computation.
         backward: whether keys' gradients are formed too.
 
     Returns:
-        Folded rows of q, do and their product, or the gradient of the tile's keys.
+        What the fused kernel makes; or, of a tile, the folded rows of q, do and their product, or
+        the gradient of its keys.
     """
     keys = max(segment.k_stop - segment.k_start for segment in segments)
-    capacity = score_elements(keys, heads.group)
+    if available(dtype):
+        return elements(keys, heads.num, heads.num_kv, heads.dim, backward=backward)
     most = 0
-    for tile in _tiles(segments, heads, capacity):
+    for tile in _tiles(segments, heads, score_elements(keys, heads.group)):
         kv_heads = tile.h1 - tile.h0
         rows = (tile.q1 - tile.q0) * kv_heads * heads.group * heads.dim
         per_key = (tile.k1 - tile.k0) * kv_heads * heads.dim if backward else 0
@@ -151,6 +160,20 @@ def _fill_future_(scores: Tensor, tile: _Tile, heads: Heads, value: float) -> No
     rows[:, :, :, scores.shape[2] - count :].masked_fill_(future.unsqueeze(1), value)
 
 
+def is_fused(q: Tensor, segments: Sequence[Segment]) -> bool:
+    """Whether the fused kernel takes these: whole sequences, on a CPU.
+
+    Args:
+        q: queries, for their dtype and device.
+        segments: which rows belong together.
+
+    Returns:
+        False where the tiles are used.
+    """
+    whole = all(s.q_start == s.k_start and s.q_stop == s.k_stop for s in segments)
+    return whole and q.device.type == "cpu" and available(q.dtype)
+
+
 def attention_forward(
     q: Tensor,
     k: Tensor,
@@ -170,11 +193,28 @@ def attention_forward(
         heads: the division into heads.
         segments: which rows belong together.
         out: `(T, num * dim)`, overwritten; must not overlap `q`.
-        score: flat buffer of at least one row's `group * keys` elements.
+        score: flat buffer of at least one row's `group * keys` elements, for tiles.
 
     Returns:
         `lse (T, num)`: T num elements, saved for the backward.
     """
+    if is_fused(q, segments):
+        spans = [(segment.q_start, segment.q_stop) for segment in segments]
+        return fused_forward(q, k, v, heads.dim, spans, out=out, scale=heads.dim**-0.5)
+    return tiled_forward(q, k, v, heads, segments, out=out, score=score)
+
+
+def tiled_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    heads: Heads,
+    segments: Sequence[Segment],
+    *,
+    out: Tensor,
+    score: Tensor,
+) -> Tensor:
+    """`attention_forward` in tiles, on any device and for any segments."""
     lse = q.new_empty(q.shape[0], heads.num)
     for tile in _tiles(segments, heads, score.numel()):
         keys, values = _per_kv_head(k, tile, heads), _per_kv_head(v, tile, heads)
@@ -211,7 +251,7 @@ def attention_backward(
         q: `(T, num * dim)`, overwritten with its gradient.
         k: `(T, num_kv * dim)`.
         v: `(T, num_kv * dim)`.
-        o: `(T, num * dim)`, the forward's output; overwritten with `do * o`.
+        o: `(T, num * dim)`, the forward's output; may be overwritten.
         lse: `(T, num)` from the forward.
         heads: the division into heads.
         segments: which rows belong together.
@@ -219,6 +259,29 @@ def attention_backward(
         dv: `(T, num_kv * dim)`, overwritten.
         scores: two flat buffers as in the forward.
     """
+    if is_fused(q, segments):
+        spans = [(segment.q_start, segment.q_stop) for segment in segments]
+        scale = heads.dim**-0.5
+        fused_backward(do, q, k, v, o, lse, heads.dim, spans, dk=dk, dv=dv, scale=scale)
+    else:
+        tiled_backward(do, q, k, v, o, lse, heads, segments, dk=dk, dv=dv, scores=scores)
+
+
+def tiled_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    heads: Heads,
+    segments: Sequence[Segment],
+    *,
+    dk: Tensor,
+    dv: Tensor,
+    scores: Sequence[Tensor],
+) -> None:
+    """`attention_backward` in tiles, on any device and for any segments."""
     scale = heads.dim**-0.5
     dk.zero_()
     dv.zero_()

@@ -2,11 +2,12 @@
 
 import os
 
-# Read by the OpenMP runtime when torch loads it. A step is some 10,000 short parallel regions:
-# threads that spin for long between them slow everything several times beside another busy
-# process, threads that sleep at once pay a wake-up each time. So: spin briefly, then sleep.
+from lowtide.cores import spin_count
+
+# Read by the OpenMP runtime when torch loads it: threads spin for a while, then sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+if "GOMP_SPINCOUNT" not in os.environ:
+    os.environ["GOMP_SPINCOUNT"] = str(spin_count())
 # Read by MKL: packing buffers of products go back to malloc instead of being kept per thread and
 # per kind of product, 1 to 7 MB that nobody else could use.
 os.environ.setdefault("MKL_DISABLE_FAST_MM", "1")

@@ -21,10 +21,14 @@ def _threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def test_tiny_models_get_one_thread_and_others_keep_the_systems() -> None:
+@pytest.mark.parametrize(("cores", "expected"), [(2, 2), (3, 3), (64, 3)])
+def test_tiny_models_get_one_thread_and_others_the_cores(
+    cores: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lowtide.model.threads.usable_cores", lambda: cores)
     tiny = lt.load_model(asset_dir()).spec
     set_threads(replace(tiny, hidden_size=576, intermediate_size=1536), None)
-    assert torch.get_num_threads() == 3
+    assert torch.get_num_threads() == expected
     set_threads(tiny, None)
     assert torch.get_num_threads() == 1
 

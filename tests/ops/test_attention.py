@@ -148,8 +148,9 @@ def test_scores_of_ten_thousand_stay_finite_and_right(
     assert float(out.abs().max()) <= float(v.abs().max()) * (1 + 1e-5)
 
 
-def test_how_many_heads_go_together_changes_no_bit() -> None:
-    heads, lengths = Heads(8, 4, 10), [40, 3]
+@pytest.mark.parametrize("heads", [Heads(8, 4, 16), Heads(10, 2, 16), Heads(3, 3, 64)], ids=str)
+def test_how_many_heads_go_together_changes_no_bit(heads: Heads) -> None:
+    lengths = [40, 3]
     inputs = _inputs(heads, 43, torch.float32)
     threads = torch.get_num_threads()
     try:

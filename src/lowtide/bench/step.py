@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -26,8 +27,10 @@ from lowtide.train.settings import ModelSettings, StepSettings, TrainSettings
 from lowtide.weights.writer import tensor_bytes
 
 from .shapes import SHAPES, ShapeSettings, cache_directory, shape_directory, shape_of
+from .split import check_split, time_split
 
-_RATE_SECONDS = 1.0
+_RATE_SECONDS = 0.5
+_PAIRED_STEPS = 2
 _MEDIAN_BYTES = ("peak_anon_bytes", "peak_rss_bytes", "peak_file_bytes", "disk_read_bytes")
 
 
@@ -71,14 +74,25 @@ def located(settings: M, say: Callable[[str], None] = nothing_said) -> M:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchStepSettings(StepSettings, ShapeModelSettings):
-    """Settings of `lowtide bench step`."""
+class MeasuredStepSettings(StepSettings, ShapeModelSettings):
+    """Steps to measure, whatever their length."""
 
-    seq_len: int = setting(256, help="tokens per sequence", minimum=2)
     batch_size: int = setting(1, help="sequences per step", minimum=1)
     steps: int = setting(3, help="measured steps, after one that warms up", minimum=1)
     seed: int = setting(0, help="seed of the adapter and of the token ids", minimum=0)
     optimizer: str = setting("sgd", help="optimiser", choices=("sgd", "adamw"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchStepSettings(MeasuredStepSettings):
+    """Settings of `lowtide bench step`."""
+
+    seq_len: int = setting(256, help="tokens per sequence", minimum=2)
+    time_split: bool = setting(
+        False,
+        help="one more step, whose time is split into products, widening, attention, elementwise "
+        "and loss",
+    )
 
 
 def bench_step(
@@ -100,6 +114,8 @@ def bench_step(
         DataError: the sequence is longer than the model's positions.
     """
     check_options(settings.method, settings)
+    if settings.time_split:
+        check_split(settings.method)
     at = located(settings, say)
     model = open_model(at)
     check_length(model, settings.seq_len)
@@ -110,25 +126,38 @@ def bench_step(
     tokens = settings.batch_size * settings.seq_len
     trainer.method.reserve(model, tokens, settings.seq_len)
     batches = random_batches(model, settings)
+    numbers = iter(range(1, 2 * settings.steps + 4))
     with MemoryMeter() as meter:
-        reports = [
-            measured_update(trainer, [next(batches)], step, meter)
-            for step in range(1, settings.steps + 2)
-        ]
+
+        def update() -> StepReport:
+            return measured_update(trainer, [next(batches)], next(numbers), meter)
+
+        reports = [update() for _ in range(settings.steps + 1)]
+        # Steps of their own: what the products leave with malloc would show in a step's peak.
+        rates = [product_rate(model, tokens)]
+        paired: list[StepReport] = []
+        for _ in range(min(settings.steps, _PAIRED_STEPS)):
+            paired.append(update())
+            rates.append(product_rate(model, tokens))
+        split = time_split(update) if settings.time_split else None
     warmup, measured = reports[0], reports[1:]
-    rate = product_rate(model, settings.seq_len * settings.batch_size)
     lengths = [settings.seq_len] * settings.batch_size
     flops = step_flops(model.spec, adapter.config, lengths, measured[0].n_tokens)
     median = _median(measured)
+    utilization = [
+        flops / (report.wall_s * (before + after) / 2)
+        for report, (before, after) in zip(paired, pairwise(rates), strict=True)
+    ]
     return {
         **described(settings),
         "n_adapter_parameters": adapter.n_parameters,
         "adapter_sha256": adapter_digest(adapter),
         "threads": torch.get_num_threads(),
         **median,
-        "gemm_utilization": flops / (median["wall_s"] * rate),
+        "gemm_utilization": statistics.median(utilization),
         "minimal_flops": flops,
-        "product_flops_per_s": rate,
+        "product_flops_per_s": statistics.median(rates),
+        "time_split_s": split,
         "budget_bytes": budget,
         "steps": [asdict(report) for report in measured],
         "warmup_step": asdict(warmup),
@@ -178,12 +207,16 @@ def product_rate(model: Decoder, tokens: int) -> float:
     """FLOP/s of float32 products on the model's own shapes, measured now.
 
     The MLP's products, whole and in the compute dtype: what a step would run at if it did nothing
-    else. Random operands, repeated for about a second.
+    else. Random operands, repeated for about half a second: a machine's speed drifts, so it is
+    measured before and after the steps that it is compared with.
     """
-    spec = model.spec
-    x = torch.randn(tokens, spec.hidden_size, dtype=model.compute_dtype)
-    weight = torch.randn(spec.intermediate_size, spec.hidden_size, dtype=model.compute_dtype)
-    out = torch.empty(tokens, spec.intermediate_size, dtype=model.compute_dtype)
+    spec, dtype = model.spec, model.compute_dtype
+    shapes = [
+        (tokens, spec.hidden_size),
+        (spec.intermediate_size, spec.hidden_size),
+        (tokens, spec.intermediate_size),
+    ]
+    x, weight, out = (torch.randn(shape, dtype=dtype) for shape in shapes)
     per_call = 2 * tokens * spec.hidden_size * spec.intermediate_size
     times: list[float] = []
     stop = time.perf_counter() + _RATE_SECONDS

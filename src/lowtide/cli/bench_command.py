@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lowtide.bench.case import Summary
 from lowtide.bench.compare import CompareSettings, bench_compare, compare_lines
+from lowtide.bench.lengths import LengthsSettings, bench_lengths, lengths_lines
 from lowtide.bench.paper import PaperSettings, bench_paper
 from lowtide.bench.peers import PeersSettings, bench_peers
 from lowtide.bench.quality_case import QualitySettings, bench_quality, quality_lines
@@ -68,6 +69,23 @@ def _step(argv: Sequence[str], name: str, text: str) -> int:
     for number, step in enumerate([result["warmup_step"], *result["steps"]]):
         output.say(_line("warm-up" if number == 0 else f"step {number}", step))
     output.say(_line("median", result) + f"  gemm_utilization {result['gemm_utilization']:.2f}")
+    if result["time_split_s"] is not None:
+        output.say(_split_line(result["time_split_s"]))
+    output.result(result)
+    return 0
+
+
+def _split_line(split: Mapping[str, float]) -> str:
+    whole = sum(split.values())
+    parts = (f"{name} {part:.2f} s ({part / whole:.0%})" for name, part in split.items())
+    return "split    " + "  ".join(parts)
+
+
+def _lengths(argv: Sequence[str], name: str, text: str) -> int:
+    settings, output = settings_of(LengthsSettings, f"bench {name}", text, argv)
+    result = bench_lengths(settings, output.say)
+    for line in lengths_lines(result):
+        output.say(line)
     output.result(result)
     return 0
 
@@ -147,6 +165,7 @@ BENCHES = {
         "apart, figures are the median of the others",
         _step,
     ),
+    "lengths": _Bench("memory and time of a step at several sequence lengths", _lengths),
     "timeline": _Bench("live bytes by kind over one training step, its peak named", _timeline),
     "quality": _Bench("how near MeZO's estimate comes to the exact gradient", _quality),
     "paper": _Bench("the paper's tables and plots; goes on where it was stopped", _paper),

@@ -6,12 +6,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-_CGROUPS = Path("/sys/fs/cgroup")
+from lowtide.cores import CGROUPS, PROC, groups_of
+
 # (limit, usage) of the second and the first version of control groups.
 _FILES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
 
 
-def available_bytes(proc: Path = Path("/proc"), cgroups: Path = _CGROUPS) -> int:
+def available_bytes(proc: Path = PROC, cgroups: Path = CGROUPS) -> int:
     """MemAvailable, or what the process's control group leaves where that is less.
 
     Args:
@@ -26,10 +27,11 @@ def available_bytes(proc: Path = Path("/proc"), cgroups: Path = _CGROUPS) -> int
     except OSError:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     found = {name: int(rest.split()[0]) * 1024 for name, rest in (x.split(":", 1) for x in lines)}
-    return min([found["MemAvailable"], *_left_by_groups(proc, cgroups)])
+    groups = groups_of("memory", proc, cgroups)
+    return min([found["MemAvailable"], *(left for group in groups for left in _left_by(group))])
 
 
-def is_memory(directory: Path, proc: Path = Path("/proc")) -> bool:
+def is_memory(directory: Path, proc: Path = PROC) -> bool:
     """Whether files in a directory take memory instead of disk: on tmpfs or ramfs.
 
     Args:
@@ -48,24 +50,6 @@ def is_memory(directory: Path, proc: Path = Path("/proc")) -> bool:
     # Fields of proc(5): ... major:minor at 2, and after a lone dash the type of the file system.
     kinds = (line.partition(" - ")[2].split()[0] for line in lines if line.split()[2] == number)
     return any(kind in ("tmpfs", "ramfs") for kind in kinds)
-
-
-def _left_by_groups(proc: Path, cgroups: Path) -> Iterator[int]:
-    """What each limit on the way from the process's control group to the root leaves."""
-    try:
-        lines = (proc / "self" / "cgroup").read_text().splitlines()
-    except OSError:
-        return
-    for _, controllers, path in (line.split(":", 2) for line in lines):
-        if controllers not in ("", "memory"):
-            continue
-        root = cgroups / controllers
-        # In a container the path may be the host's, and the group itself is what is mounted.
-        here = root / path.lstrip("/")
-        for group in (here, *here.parents):
-            yield from _left_by(group)
-            if group == root:
-                break
 
 
 def _left_by(group: Path) -> Iterator[int]:

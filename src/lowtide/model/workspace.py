@@ -24,7 +24,7 @@ from lowtide.ops.glu import GluBuffers
 from .spec import ModelSpec
 
 _TILE_ELEMENTS = 420 * 1024
-_ACTIVATION_ELEMENTS = 128 * 1024
+_ACTIVATION_ELEMENTS = 448 * 1024
 _MIN_WIDTH, _MAX_WIDTH = 64, 512
 
 
@@ -39,7 +39,7 @@ def mlp_tile_width(spec: ModelSpec, tokens: int, tiles: str = "full") -> int:
     tile stay small too; at least 64 so that products stay efficient.
     """
     by_weight = _TILE_ELEMENTS // spec.hidden_size
-    by_tokens = max(192, _ACTIVATION_ELEMENTS // max(1, tokens))
+    by_tokens = max(320, _ACTIVATION_ELEMENTS // max(1, tokens))
     width = max(_MIN_WIDTH, min(by_weight, by_tokens, _MAX_WIDTH) // TILES[tiles])
     return min(width, spec.intermediate_size)
 

@@ -4,44 +4,76 @@ The same function as the tiles of `ops.attention`, from one call per sequence an
 of some 25 calls per tile: 2 to 7 times faster on two cores. The kernel
 (`aten::_scaled_dot_product_flash_attention_for_cpu`, the one behind `scaled_dot_product_attention`)
 and its backward are plain functions of tensors; they allocate their results, so heads are taken few
-at a time. Each head is computed by itself: how many go together changes no bit.
+at a time, and those that share keys and values get them repeated by a view. How many go together
+changes no bit where heads are whole vector registers wide.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-_FEWEST_HEADS = 4
+_FEWEST_HEADS = 2
 
 
 @cache
 def available(dtype: torch.dtype) -> bool:
-    """Whether this build of torch has the kernel, with shared key/value heads.
+    """Whether this build of torch has the kernel.
 
     Args:
         dtype: of the computation.
 
     Returns:
-        False on builds whose kernel is missing or wants keys and values repeated.
+        False where the tiles of `ops.attention` are used.
     """
-    q, k = torch.zeros(1, 2, 2, 2, dtype=dtype), torch.zeros(1, 1, 2, 2, dtype=dtype)
+    q = torch.zeros(1, 1, 2, 2, dtype=dtype)
     try:
-        o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, k, 0.0, True)
-        found = _backward(q, q, k, k, o, lse, 1.0)
-    except (AttributeError, RuntimeError):
+        o, lse = _forward(q, q, q, 1.0)
+        _backward(q, q, q, q, o, lse, 1.0)
+    except (AttributeError, RuntimeError, TypeError):
         return False
-    return all(g.shape == t.shape for g, t in zip(found, (q, k, k), strict=True))
+    return True
 
 
-def _chunks(num_kv: int, group: int) -> Iterator[tuple[int, int]]:
-    """Key/value heads `[h0, h1)` that go together: query heads enough for every thread."""
-    step = max(1, -(-max(_FEWEST_HEADS, torch.get_num_threads()) // group))
+class _Heads(NamedTuple):
+    """Query heads `[q0, q1)` and the key/value heads `[h0, h1)` that they share."""
+
+    q0: int
+    q1: int
+    h0: int
+    h1: int
+
+
+def _chunks(num_kv: int, group: int) -> Iterator[_Heads]:
+    """Heads that go together: some of one group, or whole groups; enough for every thread."""
+    wanted = max(_FEWEST_HEADS, torch.get_num_threads())
+    if wanted < group:
+        for h in range(num_kv):
+            for q0 in range(h * group, (h + 1) * group, wanted):
+                yield _Heads(q0, min(q0 + wanted, (h + 1) * group), h, h + 1)
+        return
+    step = -(-wanted // group)
     for h0 in range(0, num_kv, step):
-        yield h0, min(h0 + step, num_kv)
+        h1 = min(h0 + step, num_kv)
+        yield _Heads(h0 * group, h1 * group, h0, h1)
+
+
+def _repeated(x: Tensor, some: _Heads) -> Tensor:
+    """Key/value heads `(1, heads, T, dim)` for each query head; a view where they are one."""
+    each = (some.q1 - some.q0) // (some.h1 - some.h0)
+    own = x[:, some.h0 : some.h1].unsqueeze(2)
+    return own.expand(-1, -1, each, -1, -1).reshape(1, -1, *x.shape[2:])
+
+
+def _add_per_head(into: Tensor, grad: Tensor, some: _Heads) -> None:
+    """Add the gradient of `_repeated`, head after head: the order does not depend on chunks."""
+    each = (some.q1 - some.q0) // (some.h1 - some.h0)
+    for head, one in enumerate(grad[0]):
+        into[0, some.h0 + head // each].add_(one)
 
 
 def elements(length: int, num: int, num_kv: int, dim: int, *, backward: bool) -> int:
@@ -58,13 +90,14 @@ def elements(length: int, num: int, num_kv: int, dim: int, *, backward: bool) ->
         The output of some heads, or the gradients of their q, k and v; and the kernel's own
         buffers of scores per thread.
     """
-    group = num // num_kv
-    most = max(h1 - h0 for h0, h1 in _chunks(num_kv, group))
+    chunks = list(_chunks(num_kv, num // num_kv))
+    most = max(some.q1 - some.q0 for some in chunks)
+    repeated = 2 * most if any(some.h1 - some.h0 > 1 for some in chunks) else 0
     rows = 256 if length >= 768 else 64 if length >= 192 else 32  # the kernel's tiles of queries
     scores = torch.get_num_threads() * min(rows, length) * (min(512, length) + dim)
     if backward:
-        return length * most * (group + 2) * dim + 2 * scores
-    return length * most * group * dim + scores
+        return length * (3 * most + repeated) * dim + 2 * scores
+    return length * (most + repeated) * dim + scores
 
 
 def _per_head(x: Tensor, start: int, stop: int, dim: int) -> Tensor:
@@ -101,13 +134,11 @@ def fused_forward(
     lse = q.new_empty(q.shape[0], num_kv * group)
     for start, stop in spans:
         q_i, k_i, v_i, o_i = (_per_head(t, start, stop, dim) for t in (q, k, v, out))
-        for h0, h1 in _chunks(num_kv, group):
-            some, own = slice(h0 * group, h1 * group), slice(h0, h1)
-            o, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q_i[:, some], k_i[:, own], v_i[:, own], 0.0, True, scale=scale
-            )
-            o_i[:, some].copy_(o)
-            lse[start:stop, some].copy_(sums[0].t())
+        for some in _chunks(num_kv, group):
+            heads = slice(some.q0, some.q1)
+            o, sums = _forward(q_i[:, heads], _repeated(k_i, some), _repeated(v_i, some), scale)
+            o_i[:, heads].copy_(o)
+            lse[start:stop, heads].copy_(sums[0].t())
     return lse
 
 
@@ -142,19 +173,28 @@ def fused_backward(
     """
     num_kv = k.shape[1] // dim
     group = q.shape[1] // k.shape[1]
+    dk.zero_()
+    dv.zero_()
     for start, stop in spans:
         parts = [_per_head(t, start, stop, dim) for t in (do, q, k, v, o, dk, dv)]
         do_i, q_i, k_i, v_i, o_i, dk_i, dv_i = parts
         sums = lse[start:stop].t().unsqueeze(0)
-        for h0, h1 in _chunks(num_kv, group):
-            some, own = slice(h0 * group, h1 * group), slice(h0, h1)
+        for some in _chunks(num_kv, group):
+            heads = slice(some.q0, some.q1)
             found = _backward(
-                do_i[:, some], q_i[:, some], k_i[:, own], v_i[:, own], o_i[:, some],
-                sums[:, some], scale,
+                do_i[:, heads], q_i[:, heads], _repeated(k_i, some), _repeated(v_i, some),
+                o_i[:, heads], sums[:, heads], scale,
             )  # fmt: skip
-            q_i[:, some].copy_(found[0])
-            dk_i[:, own].copy_(found[1])
-            dv_i[:, own].copy_(found[2])
+            q_i[:, heads].copy_(found[0])
+            _add_per_head(dk_i, found[1], some)
+            _add_per_head(dv_i, found[2], some)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    found: tuple[Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, True, scale=scale
+    )
+    return found
 
 
 def _backward(

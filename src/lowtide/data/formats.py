@@ -35,6 +35,8 @@ class ChatRecord:
     where: str
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
+    variables: dict[str, Any] | None = None
+    """What else the template reads (`chat_template_kwargs`), such as `enable_thinking`."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,13 @@ def _formats(names: FeatureNames) -> list[_Format]:
         )
 
     def chat(row: Mapping[str, Any], where: str) -> Record:
-        return ChatRecord(where, _messages(row[names.chat], names.chat), _tools(row.get("tools")))
+        messages = _messages(row[names.chat], names.chat)
+        variables = row.get("chat_template_kwargs")
+        if variables is not None and not isinstance(variables, dict):
+            raise _BadRecordError(
+                f"'chat_template_kwargs' is {kind_of(variables)}; expected an object"
+            )
+        return ChatRecord(where, messages, _tools(row.get("tools")), variables)
 
     return [
         _Format("chat", (names.chat,), chat),

@@ -22,9 +22,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-MAX_TURNS = 1_000_000
+MAX_TURNS = 200_000
 """Loop turns and macro calls of one rendering; published templates take a few for each message."""
-MAX_LENGTH = 1 << 26
+MAX_LENGTH = 1 << 24
 """Characters, or entries, of what one operator makes."""
 _MAX_BITS = 1 << 12
 

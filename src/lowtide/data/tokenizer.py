@@ -222,7 +222,8 @@ class Tokenizer:
         if self.template is None:
             raise DataError(
                 "this tokenizer has no chat template, so a conversation cannot be written as "
-                "text. Pass one with --chat-template FILE."
+                "text. Pass one with --chat-template FILE, or --tokenizer DIR of a model that has "
+                "one."
             )
         return self.template.render(messages, add_generation_prompt, tools)
 

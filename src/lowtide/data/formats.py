@@ -255,13 +255,15 @@ def _check_order(roles: list[str]) -> None:
         place = f"message {number}"
         if role == "system":
             if number > 1:
-                raise _BadRecordError(f"{place} is from system, which may only come first")
+                raise _BadRecordError(
+                    f"{place} is from system, which may only come first; join it to the first"
+                )
         elif previous in ("", "system") and role != "user":
             raise _BadRecordError(f"{place} is from {role}; expected user to speak first")
         elif role == "tool" and previous == "user":
             raise _BadRecordError(f"{place} is from tool after user; tools answer an assistant")
         elif role == previous and role != "tool":
-            raise _BadRecordError(f"{place} is a second {role} message in a row")
+            raise _BadRecordError(f"{place} is a second {role} message in a row; join the two")
         previous = role
     if "assistant" not in roles:
         raise _BadRecordError("no message is from assistant, so there is nothing to learn")

@@ -194,6 +194,45 @@ def test_what_is_trained_on(both: Both, with_system: bool) -> None:
             assert run[-1] in both.ours.stop_ids
 
 
+CALLED = {
+    "qwen3": (
+        '<tool_call>\n{"name": "sum", "arguments": {"é": [2, "<2>"]}}\n</tool_call><|im_end|>',
+        "It is 4.<|im_end|>",
+        "<think>\n\n</think>\n\n四<|im_end|>",
+    ),
+    "llama3": (
+        '{"name": "sum", "parameters": {"é": [2, "<2>"]}}<|eot_id|>',
+        "It is 4.<|eot_id|>",
+        "四<|eot_id|>",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_calls_of_tools_are_trained_on_and_their_answers_are_not(name: str, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(FAMILIES[name].write(tmp_path / name))
+    encoder = Encoder(tokenizer, 10_000, 10_000, mask_prompt=True)
+    encoded = encoder.encode(ChatRecord("here", [*CALL, *CHAT[2:]], TOOLS))
+    runs = trained_runs(tokenizer, encoded)
+    assert tuple(tokenizer.decode(run, False) for run in runs) == CALLED[name]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["<think>\nhm\n</think>\n\n4.", "  4.\n", "<b>4</b>", "assistant\n", "<", "4.<|im_end|>"],
+)
+def test_awkward_answers_in_a_template_that_rewrites_turns(answer: str, tmp_path: Path) -> None:
+    """Thinking is left out of earlier turns; nothing else is, and no prompt slips in."""
+    tokenizer = Tokenizer.load(FAMILIES["qwen3"].write(tmp_path / "qwen3"))
+    encoder = Encoder(tokenizer, 10_000, 10_000, mask_prompt=True)
+    said = {"role": "assistant", "content": answer}
+    chat = [{"role": "user", "content": answer}, said, CHAT[2], said, *CHAT[2:]]
+    runs = trained_runs(tokenizer, encoder.encode(ChatRecord("here", chat)))
+    kept = answer.rpartition("</think>\n\n")[2]
+    expected = [f"{kept}<|im_end|>"] * 2 + ["<think>\n\n</think>\n\n四<|im_end|>"]
+    assert [tokenizer.decode(run, False) for run in runs] == expected
+
+
 def test_a_cut_off_conversation_learns_the_same_turns(both: Both) -> None:
     """Each turn alone, as the last of its record, trains on what it trains on in the whole."""
     encoder = Encoder(both.ours, 10_000, 10_000, mask_prompt=True)

@@ -208,9 +208,17 @@ def test_a_template_that_rewrites_earlier_turns(tiny: Tokenizer) -> None:
         "{{ m.content }};{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
     )
     tokenizer = with_template(tiny, source)
+    encoded = encoder(tokenizer).encode(ChatRecord("here", CHAT))
+    assert trained_runs(tokenizer, encoded) == ["4.;", "<think></think>四\n;"]
+    assert encoder(tokenizer, mask=False).encode(ChatRecord("here", CHAT)).trained_tokens > 0
+
+
+def test_a_template_that_scrambles_turns(tiny: Tokenizer) -> None:
+    """Words upside down are found nowhere: refused, not trained on at random."""
+    source = "{% for m in messages | reverse %}{{ m.content | reverse }}{% endfor %}"
+    tokenizer = with_template(tiny, source)
     with pytest.raises(DataError, match=r"here: prompts cannot be masked: its template writes me"):
         encoder(tokenizer).encode(ChatRecord("here", CHAT))
-    assert encoder(tokenizer, mask=False).encode(ChatRecord("here", CHAT)).trained_tokens > 0
 
 
 def test_a_template_that_refuses(tiny: Tokenizer) -> None:

@@ -136,7 +136,9 @@ def test_which_file_is_believed(tiny_directory: Path) -> None:
     eos = tokenizer.encode("<eos>")[0]
     assert tokenizer.eos_id == eos
     assert tokenizer.bos_id is None
-    assert tokenizer.stop_ids == {3, 4, 5, eos}
+    end_of_turn = tokenizer.encode("<|im_end|>")[0]  # no file names it; the template writes it
+    assert tokenizer.stop_ids == {3, 4, 5, eos, end_of_turn}
+    assert Tokenizer.load(tiny_directory, "none").stop_ids == {3, 4, 5, eos}
 
     write("tokenizer_config.json", {})
     write("special_tokens_map.json", {"eos_token": {"content": "<|im_end|>"}})

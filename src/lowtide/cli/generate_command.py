@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from lowtide.config import setting
 from lowtide.data.tokenizer import StreamDecoder, Tokenizer
-from lowtide.errors import DataError
+from lowtide.errors import DataError, LowtideWarning
 from lowtide.infer.generate import Sampling, generate
 from lowtide.model.adapter import Adapter
 from lowtide.train.run import open_model
@@ -48,6 +49,8 @@ def run(argv: Sequence[str]) -> int:
     model = open_model(settings)
     directory = Path(settings.tokenizer).expanduser() if settings.tokenizer else model.directory
     tokenizer = Tokenizer.load(directory, settings.chat_template)
+    if (mismatch := tokenizer.mismatch(model.spec.vocab_size)) is not None:
+        warnings.warn(mismatch, LowtideWarning, stacklevel=1)
     adapter = None
     if settings.adapter_path is not None:
         adapter = Adapter.load(Path(settings.adapter_path).expanduser(), model)
@@ -89,6 +92,6 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
             )
         return [tokenizer.bos_id]
     if tokenizer.chat_template is None:
-        return tokenizer.encode(prompt, add_special_tokens=True)
+        return tokenizer.encode_document(prompt)[0]
     text = tokenizer.render_chat([{"role": "user", "content": prompt}], add_generation_prompt=True)
     return tokenizer.encode(text, add_special_tokens=False)

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
+from lowtide.data.tokenizer import Tokenizer
+from lowtide.data.turns import template_traits
+from lowtide.errors import LowtideError, LowtideWarning
+from lowtide.model.decoder import Decoder
 from lowtide.model.spec import ModelSpec
 from lowtide.train.run import open_model
 from lowtide.train.settings import ModelSettings
@@ -21,6 +28,7 @@ def run(argv: Sequence[str]) -> int:
     )
     model = open_model(settings)
     spec = model.spec
+    chat, chat_document = _chat(model)
     rows = [
         ("model", f"{model.directory} (model_type {spec.model_type})"),
         ("parameters", f"{spec.n_parameters:,}"),
@@ -34,6 +42,7 @@ def run(argv: Sequence[str]) -> int:
         ("vocabulary", f"{spec.vocab_size:,}, head {'tied' if spec.tied_head else 'untied'}"),
         ("positions", f"{spec.max_positions:,}"),
         ("computes in", model.dtype_reason),
+        ("chat", chat),
     ]  # fmt: skip
     for name, text in rows:
         output.say(f"{name:<12} {text}")
@@ -50,6 +59,7 @@ def run(argv: Sequence[str]) -> int:
             "vocab_size": spec.vocab_size,
             "max_positions": spec.max_positions,
             "tied_head": spec.tied_head,
+            "chat_template": chat_document,
         }
     )
     return 0
@@ -64,3 +74,18 @@ def _rope(spec: ModelSpec) -> str:
     rope = spec.rope
     text = f"{rope.kind}, theta {rope.theta:,g}"
     return text if rope.kind == "default" else f"{text}, factor {rope.factor:g}"
+
+
+def _chat(model: Decoder) -> tuple[str, dict[str, Any] | None]:
+    """What the chat template does, in words and as JSON; the tokenizer is read for it."""
+    try:
+        tokenizer = Tokenizer.load(model.directory)
+        if (mismatch := tokenizer.mismatch(model.spec.vocab_size)) is not None:
+            warnings.warn(mismatch, LowtideWarning, stacklevel=1)
+        if tokenizer.template is None:
+            return "no template; chats need --chat-template FILE, or --tokenizer DIR with one", None
+        traits = template_traits(tokenizer.template)
+    except LowtideError as error:  # the model itself can be used without
+        return f"unknown: {error}", None
+    named = ", with another for tools" if tokenizer.template.tools_source else ""
+    return f"the directory's own template{named}: {traits.words()}", asdict(traits)

@@ -5,7 +5,7 @@ because that is how the model will be asked. Without one, prompt and completion 
 
 Masks are found in characters and carried to tokens by the tokenizer's offsets, never by counting
 the tokens of a prompt on its own: tokens may reach across the boundary. A token is trained on
-where any of its characters is.
+where any of its characters is. `turns.py` says where in a conversation the assistant speaks.
 
     full    <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello<|im_end|>\\n
     start   the length of the turns before, rendered with the generation prompt
@@ -25,11 +25,10 @@ from lowtide.data.formats import (
     Record,
     TextRecord,
 )
-from lowtide.data.templates import ChatTemplate
+from lowtide.data.templates import TemplateRefusal
 from lowtide.data.tokenizer import Tokenizer
+from lowtide.data.turns import Conversation, Span, assistant_spans, refusal_remedy
 from lowtide.errors import ConfigError, DataError
-
-Span = tuple[int, int]
 
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately "
@@ -123,7 +122,7 @@ class Encoder:
         """
         if self.mask_prompt:
             raise _nothing_to_mask(str(where))
-        ids = self.tokenizer.encode(text, add_special_tokens=True)
+        ids, _ = self.tokenizer.encode_document(text)
         self._check_ids(ids, str(where))
         for start in range(0, len(ids), self.max_seq_length):
             window = ids[start : start + self.max_seq_length]
@@ -139,7 +138,7 @@ class Encoder:
                     raise _nothing_to_mask(record.where)
                 return self._plain("", record.text)
             case ChatRecord():
-                return self._chat(record.messages, record.tools)
+                return self._chat(record.messages, record.tools, record.variables)
             case PromptRecord():
                 if self.tokenizer.template is None:
                     return self._plain(record.prompt, record.completion)
@@ -154,7 +153,7 @@ class Encoder:
     def _plain(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
         """One text, ended by EOS where the tokenizer has one."""
         text = prompt + completion
-        ids, offsets = self.tokenizer.encode_with_offsets(text, add_special_tokens=True)
+        ids, offsets = self.tokenizer.encode_document(text)
         span = (len(prompt), len(text))
         trained = _flags(offsets, [span]) if self.mask_prompt else [1] * len(ids)
         eos = self.tokenizer.eos_id
@@ -166,20 +165,30 @@ class Encoder:
         return ids, trained
 
     def _chat(
-        self, messages: Sequence[Mapping[str, Any]], tools: list[dict[str, Any]] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> tuple[list[int], list[int]]:
         template = self.tokenizer.template
         if template is None:
             raise DataError(
-                "a conversation needs a chat template, and this tokenizer has none. Pass one "
-                "with --chat-template FILE, or use prompt and completion records."
+                "a conversation needs a chat template, and there is none. Pass one with "
+                "--chat-template FILE, or --tokenizer DIR of a model that has one; or turn the "
+                "chats into prompt and completion records, which are trained on as plain text "
+                "where there is no template (as with --chat-template none)."
             )
-        full = template.render(messages, tools=tools)
-        if not self.mask_prompt:
-            ids = self.tokenizer.encode(full, add_special_tokens=False)
-            return ids, [1] * len(ids)
+        conversation = Conversation(template, messages, tools, variables)
+        try:
+            full = conversation.render()
+            if not self.mask_prompt:
+                ids = self.tokenizer.encode(full, add_special_tokens=False)
+                return ids, [1] * len(ids)
+            spans = assistant_spans(conversation, full)
+        except TemplateRefusal as refusal:
+            raise DataError(f"{refusal}. {refusal_remedy(conversation)}") from None
         ids, offsets = self.tokenizer.encode_with_offsets(full, add_special_tokens=False)
-        return ids, _flags(offsets, assistant_spans(template, messages, full, tools))
+        return ids, _flags(offsets, spans)
 
     def _check_ids(self, ids: Sequence[int], where: str) -> None:
         largest = max(ids, default=0)
@@ -189,52 +198,6 @@ class Encoder:
                 f"{self.tokenizer.token(largest)!r} has id {largest}, and the model has "
                 f"{self.vocab_size} tokens. Point --tokenizer at the model's own directory."
             )
-
-
-def assistant_spans(
-    template: ChatTemplate,
-    messages: Sequence[Mapping[str, Any]],
-    full: str,
-    tools: list[dict[str, Any]] | None = None,
-) -> list[Span]:
-    """Where in a rendered conversation the assistant speaks, end markers included.
-
-    Args:
-        template: The template that rendered it.
-        messages: The conversation.
-        full: The rendered text.
-        tools: The tools it was rendered with.
-
-    Returns:
-        One (start, end) in characters for each assistant turn.
-
-    Raises:
-        DataError: The template does not render the start of a conversation as the start of the
-            whole, so that turns cannot be told apart.
-    """
-    spans: list[Span] = []
-    for k, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = template.render(messages[:k], add_generation_prompt=True, tools=tools)
-        after = full
-        if k + 1 < len(messages):
-            after = template.render(messages[: k + 1], tools=tools)
-        if not (full.startswith(before) and full.startswith(after) and len(before) < len(after)):
-            raise DataError(
-                f"prompts cannot be masked: {template.origin} writes message {k + 1} differently "
-                "when other messages follow it. Train without --mask-prompt, pass a simpler "
-                "template with --chat-template FILE, or split the conversation so that each "
-                "record ends with its only assistant message."
-            )
-        turn = full[len(before) : len(after)]
-        content = (message.get("content") or "").rstrip()
-        marked = turn.rstrip()
-        if content and marked.endswith(content):
-            # No end marker: the white space itself is what ends the turn.
-            marked = turn
-        spans.append((len(before), len(before) + len(marked)))
-    return spans
 
 
 def _flags(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:

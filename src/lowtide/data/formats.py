@@ -35,6 +35,8 @@ class ChatRecord:
     where: str
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
+    variables: dict[str, Any] | None = None
+    """What else the template reads (`chat_template_kwargs`), such as `enable_thinking`."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,13 @@ def _formats(names: FeatureNames) -> list[_Format]:
         )
 
     def chat(row: Mapping[str, Any], where: str) -> Record:
-        return ChatRecord(where, _messages(row[names.chat], names.chat), _tools(row.get("tools")))
+        messages = _messages(row[names.chat], names.chat)
+        variables = row.get("chat_template_kwargs")
+        if variables is not None and not isinstance(variables, dict):
+            raise _BadRecordError(
+                f"'chat_template_kwargs' is {kind_of(variables)}; expected an object"
+            )
+        return ChatRecord(where, messages, _tools(row.get("tools")), variables)
 
     return [
         _Format("chat", (names.chat,), chat),
@@ -247,13 +255,15 @@ def _check_order(roles: list[str]) -> None:
         place = f"message {number}"
         if role == "system":
             if number > 1:
-                raise _BadRecordError(f"{place} is from system, which may only come first")
+                raise _BadRecordError(
+                    f"{place} is from system, which may only come first; join it to the first"
+                )
         elif previous in ("", "system") and role != "user":
             raise _BadRecordError(f"{place} is from {role}; expected user to speak first")
         elif role == "tool" and previous == "user":
             raise _BadRecordError(f"{place} is from tool after user; tools answer an assistant")
         elif role == previous and role != "tool":
-            raise _BadRecordError(f"{place} is a second {role} message in a row")
+            raise _BadRecordError(f"{place} is a second {role} message in a row; join the two")
         previous = role
     if "assistant" not in roles:
         raise _BadRecordError("no message is from assistant, so there is nothing to learn")

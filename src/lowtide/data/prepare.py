@@ -11,6 +11,7 @@ import json
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any, Literal
 
 from lowtide.data.cache import temporary_path
 from lowtide.data.formats import FeatureNames
-from lowtide.errors import KINDS, LowtideError
+from lowtide.errors import KINDS, LowtideError, LowtideWarning
 
 SPLITS = ("train", "valid", "eval")
 _STDERR_LINES = 8
@@ -102,11 +103,13 @@ class PrepareReport:
     """The splits that were prepared: "train" and perhaps "valid", or "eval"."""
 
     splits: Mapping[str, SplitReport]
+    warnings: tuple[str, ...] = ()
+    """What works, but may not be meant."""
 
     def to_json(self) -> str:
         """The report as the parent reads it."""
         splits = {name: asdict(split) for name, split in self.splits.items()}
-        return json.dumps({"splits": splits}, default=str)
+        return json.dumps({"splits": splits, "warnings": self.warnings}, default=str)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PrepareReport:
@@ -116,7 +119,7 @@ class PrepareReport:
             known = {item.name: split[item.name] for item in fields(SplitReport)}
             known["path"], known["source"] = Path(split["path"]), Path(split["source"])
             splits[name] = SplitReport(**known)
-        return cls(splits)
+        return cls(splits, tuple(values.get("warnings", ())))
 
 
 def cache_path(out: Path, split: str) -> Path:
@@ -152,7 +155,10 @@ def prepare(request: PrepareRequest) -> PrepareReport:
     finally:
         for split in SPLITS:
             temporary_path(cache_path(request.out, split)).unlink(missing_ok=True)
-    return _answer(child.returncode, out, err)
+    report = _answer(child.returncode, out, err)
+    for text in report.warnings:
+        warnings.warn(text, LowtideWarning, stacklevel=2)
+    return report
 
 
 def _answer(returncode: int, out: bytes, err: bytes) -> PrepareReport:

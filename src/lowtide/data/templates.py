@@ -1,25 +1,38 @@
 """Chat templates, rendered as Hugging Face's `apply_chat_template` renders them.
 
-A template is somebody else's program that came with a model, so it runs in jinja2's immutable
-sandbox: it can read the messages and build a string, and nothing else. jinja2 is imported when
-the first template is rendered.
+jinja2, and the sandbox that templates run in, are imported when the first one is rendered.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from lowtide.errors import DataError
 
 if TYPE_CHECKING:
-    from jinja2 import Template
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from lowtide.data.sandbox import Compiled
 
 Message = Mapping[str, Any]
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+class TemplateRefusal(DataError):
+    """A template raised, in its own words, on messages that another one might take.
+
+    Args:
+        origin: Which template.
+        said: Its own words.
+    """
+
+    def __init__(self, origin: str, said: str) -> None:
+        super().__init__(f"{origin} refuses these messages: {said}")
+        self.said = said
+
+    @property
+    def kind(self) -> str:
+        """To a parent process it is a DataError like any other."""
+        return DataError.__name__
 
 
 class ChatTemplate:
@@ -29,6 +42,7 @@ class ChatTemplate:
         source: The template's text.
         special_tokens: `bos_token`, `eos_token` and so on, as the template sees them.
         origin: Where the template came from, for error messages.
+        tools_source: Another text to use where tools are given; None where one serves both.
     """
 
     def __init__(
@@ -36,17 +50,20 @@ class ChatTemplate:
         source: str,
         special_tokens: Mapping[str, str] | None = None,
         origin: str = "the chat template",
+        tools_source: str | None = None,
     ) -> None:
         self.source = source
         self.origin = origin
-        self._special_tokens = dict(special_tokens or {})
-        self._compiled: Template | None = None
+        self.tools_source = tools_source
+        self.special_tokens = dict(special_tokens or {})
+        self._compiled: dict[str, Compiled] = {}
 
     def render(
         self,
         messages: Sequence[Message],
         add_generation_prompt: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The conversation as the text that the model was trained to read.
 
@@ -54,84 +71,57 @@ class ChatTemplate:
             messages: The turns; keys whose value is None are left out, as Hugging Face does.
             add_generation_prompt: End with the header that opens an assistant turn.
             tools: Tool descriptions, for templates that list them.
+            variables: Whatever else this template reads, such as `enable_thinking`.
 
         Returns:
             The rendered text, with the special tokens written out.
 
         Raises:
-            DataError: The template is broken, or it refuses these messages; in its own words.
+            DataError: The template is broken, or (as `TemplateRefusal`) it refuses these messages
+                in its own words.
         """
+        source = self.source
+        if tools is not None and self.tools_source is not None:
+            source = self.tools_source
+        compiled = self._compile(source)
+        given: dict[str, Any] = {
+            "documents": None,
+            **self.special_tokens,
+            **(variables or {}),
+            "messages": [_plain(turn) for turn in messages],
+            "tools": tools,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        try:
+            return compiled.render(**given)
+        except Exception as error:  # the template is foreign code: whatever it raises is its own
+            raise TemplateRefusal(self.origin, str(error) or type(error).__name__) from None
+
+    def _compile(self, source: str) -> Compiled:
         import jinja2
 
-        turns = [{k: v for k, v in turn.items() if v is not None} for turn in messages]
-        try:
-            if self._compiled is None:
-                self._compiled = _environment().from_string(self.source)
-            return self._compiled.render(
-                messages=turns,
-                tools=tools,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
-            )
-        except jinja2.TemplateSyntaxError as error:
-            raise DataError(
-                f"{self.origin} is not a valid Jinja template: line {error.lineno}: "
-                f"{error.message}. Mend it, or pass another with --chat-template FILE."
-            ) from None
-        except Exception as error:  # the template is foreign code: whatever it raises is its own
-            raise DataError(
-                f"{self.origin} refuses these messages: {error or type(error).__name__}"
-            ) from None
+        from lowtide.data.sandbox import Compiled
+
+        if source not in self._compiled:
+            try:
+                self._compiled[source] = Compiled(source)
+            except jinja2.TemplateSyntaxError as error:
+                raise DataError(
+                    f"{self.origin} is not a valid Jinja template: line {error.lineno}: "
+                    f"{error.message}. Mend it, or pass another with --chat-template FILE."
+                ) from None
+            except RecursionError:
+                raise DataError(
+                    f"{self.origin} is nested too deeply to be read. Pass another with "
+                    "--chat-template FILE."
+                ) from None
+        return self._compiled[source]
 
 
-@lru_cache(maxsize=1)
-def _environment() -> ImmutableSandboxedEnvironment:
-    """The sandbox with the settings, filters and globals that published templates rely on."""
-    import jinja2
-    import jinja2.ext
-    from jinja2 import nodes
-    from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class GenerationBlock(jinja2.ext.Extension):
-        """`{% generation %}` marks an assistant's text for other trainers; here it renders it."""
-
-        tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
-
-        def parse(self, parser: Parser) -> nodes.Node:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return nodes.Scope(body, lineno=line)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        # jinja2's own filter escapes <, >, & and ', which no model was trained on.
-        return json.dumps(
-            value,
-            ensure_ascii=ensure_ascii,
-            indent=indent,
-            separators=separators,
-            sort_keys=sort_keys,
-        )
-
-    def strftime_now(pattern: str) -> str:
-        return datetime.now().strftime(pattern)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[jinja2.ext.loopcontrols, GenerationBlock],
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = strftime_now
-    return environment
+def _plain(message: Message) -> dict[str, Any]:
+    """A message as templates expect it: nothing that is None, reasoning under all its names."""
+    turn = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((turn[key] for key in _REASONING if key in turn), None)
+    if reasoning is None:
+        return turn
+    return {"thinking": reasoning, **turn, "reasoning_content": reasoning}

@@ -8,17 +8,25 @@ training never loads one (see `lowtide.data.prepare`) and `tokenizers` is import
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowtide.data.templates import ChatTemplate, Message
-from lowtide.data.tokenizer_files import TokenizerSettings, read_backend, read_settings
+from lowtide.data.tokenizer_files import (
+    TokenizerSettings,
+    read_backend,
+    read_settings,
+    read_templates,
+)
+from lowtide.data.turns import template_traits
 from lowtide.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     import tokenizers
 
 _REPLACEMENT = "\ufffd"
+_LEAST_SHARE, _PADDING = 0.95, 512  # models are padded by less: to a multiple of 64 to 512 rows
 
 
 class Tokenizer:
@@ -58,15 +66,7 @@ class Tokenizer:
         directory = Path(directory)
         backend = read_backend(directory)
         settings = read_settings(directory, backend)
-        template = None
-        if chat_template is None:
-            if settings.chat_template is not None:
-                origin = f"the chat template of {directory}"
-                template = ChatTemplate(settings.chat_template, settings.special_tokens, origin)
-        elif chat_template.lower() != "none":
-            source = _read_template(Path(chat_template))
-            template = ChatTemplate(source, settings.special_tokens, chat_template)
-        return cls(backend, settings, template)
+        return cls(backend, settings, _find_template(directory, chat_template, settings))
 
     @property
     def bos_id(self) -> int | None:
@@ -78,15 +78,53 @@ class Tokenizer:
         """The token that ends a text, where the tokenizer has one."""
         return self._settings.eos_id
 
-    @property
+    @cached_property
     def stop_ids(self) -> frozenset[int]:
-        """Every token that ends generation: `eos_id` and those of the model's own configs."""
-        return self._settings.stop_ids
+        """Every token that ends generation.
+
+        These are `eos_id`, those of the model's own configs, and the one with which the chat
+        template ends a turn: some repositories name the end of a text only.
+        """
+        ends = self._settings.stop_ids
+        if self.template is None:
+            return ends
+        marker = template_traits(self.template).end_of_turn
+        ids = self.encode(marker, add_special_tokens=False) if marker else []
+        if ids and ids[0] in self._backend.get_added_tokens_decoder():
+            ends = ends | {ids[0]}
+        return ends
 
     @property
     def vocab_size(self) -> int:
         """The number of tokens, those added to the base vocabulary included."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))
+
+    def mismatch(self, vocab_size: int) -> str | None:
+        """What speaks against using this tokenizer with a model of `vocab_size` tokens.
+
+        A model may hold some tokens more than its tokenizer, to fill its rows up to a round
+        number. Single ids that a model does not hold are an error where they occur.
+
+        Args:
+            vocab_size: The model's.
+
+        Returns:
+            One line with both sizes, or None where they fit.
+        """
+        added = self._backend.get_added_tokens_decoder()
+        size = max(self.vocab_size, max(added, default=-1) + 1)
+        remedy = "See that --tokenizer is the model's own."
+        if size > vocab_size:
+            return (
+                f"the tokenizer has {size:,} tokens and the model {vocab_size:,}: a text that "
+                f"uses one of the last {size - vocab_size:,} is refused. {remedy}"
+            )
+        if size < max(vocab_size / 2, min(vocab_size * _LEAST_SHARE, vocab_size - _PADDING)):
+            return (
+                f"the tokenizer has only {size:,} tokens and the model {vocab_size:,}: they may "
+                f"not belong together, and ids would mean other words. {remedy}"
+            )
+        return None
 
     @property
     def chat_template(self) -> str | None:
@@ -125,6 +163,23 @@ class Tokenizer:
         """
         encoding = self._encode(text, add_special_tokens)
         return list(encoding.ids), list(encoding.offsets)
+
+    def encode_document(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """A text that stands for itself, with BOS where the tokenizer adds it, but not twice.
+
+        Args:
+            text: Any text that can be written as UTF-8; it may begin with BOS, written out.
+
+        Returns:
+            As `encode_with_offsets`.
+
+        Raises:
+            DataError: The text holds half of a surrogate pair.
+        """
+        ids, offsets = self.encode_with_offsets(text)
+        if self.bos_id is not None and ids[:2] == [self.bos_id] * 2:
+            return ids[1:], offsets[1:]
+        return ids, offsets
 
     def _encode(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
         try:
@@ -167,7 +222,8 @@ class Tokenizer:
         if self.template is None:
             raise DataError(
                 "this tokenizer has no chat template, so a conversation cannot be written as "
-                "text. Pass one with --chat-template FILE."
+                "text. Pass one with --chat-template FILE, or --tokenizer DIR of a model that has "
+                "one."
             )
         return self.template.render(messages, add_generation_prompt, tools)
 
@@ -248,6 +304,23 @@ def _is_byte_token(token: str) -> bool:
     if len(token) != 6 or not (token.startswith("<0x") and token[5] == ">"):
         return False
     return all(digit in "0123456789abcdefABCDEF" for digit in token[3:5])
+
+
+def _find_template(
+    directory: Path, given: str | None, settings: TokenizerSettings
+) -> ChatTemplate | None:
+    """The template that was asked for, else the directory's own, if it has one."""
+    if given is not None and given.lower() == "none":
+        return None
+    if given is not None:
+        return ChatTemplate(_read_template(Path(given)), settings.special_tokens, given)
+    found = read_templates(directory)
+    if not found:
+        return None
+    origin = f"the chat template of {directory}"
+    return ChatTemplate(
+        found["default"], settings.special_tokens, origin, tools_source=found.get("tool_use")
+    )
 
 
 def _read_template(path: Path) -> str:

@@ -1,9 +1,9 @@
 """The files around a tokenizer: which of them says what, and in which order they are believed.
 
-Special tokens come from tokenizer_config.json, else special_tokens_map.json, else the ids in
-generation_config.json and config.json. A `null` in tokenizer_config.json is an answer too:
-Qwen2.5 has no BOS, although its config.json names one. Ids that end generation are gathered from
-all of them.
+Special tokens come from tokenizer_config.json and special_tokens_map.json (`added_tokens.py` says
+which wins), else from the ids in generation_config.json and config.json. A `null` in
+tokenizer_config.json is an answer too: a model may have no BOS although its config.json names
+one. Ids that end generation are gathered from all of them.
 """
 
 from __future__ import annotations
@@ -14,20 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lowtide.data.added_tokens import apply_legacy, complete_backend, named_tokens
 from lowtide.errors import ModelError
 
 if TYPE_CHECKING:
     import tokenizers
 
-SPECIAL_NAMES = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
 _OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "tekken.json")
 
 
@@ -39,7 +31,7 @@ class TokenizerSettings:
     eos_id: int | None
     stop_ids: frozenset[int]
     special_tokens: Mapping[str, str]
-    chat_template: str | None
+    """What a template sees: `bos_token` and so on, and the model's own."""
 
 
 def read_backend(directory: Path) -> tokenizers.Tokenizer:
@@ -86,11 +78,11 @@ def _no_tokenizer(directory: Path) -> str:
 
 
 def read_settings(directory: Path, backend: tokenizers.Tokenizer) -> TokenizerSettings:
-    """Gather the special tokens, the ids that stop generation and the chat template.
+    """Gather the special tokens and the ids that stop generation, and complete the tokenizer.
 
     Args:
         directory: The model directory.
-        backend: Its loaded tokenizer; tokens that only tokenizer_config.json lists are added.
+        backend: Its loaded tokenizer; what the files beside it say of it is applied.
 
     Returns:
         The settings.
@@ -99,12 +91,15 @@ def read_settings(directory: Path, backend: tokenizers.Tokenizer) -> TokenizerSe
         ModelError: A file is broken, or names a token that the vocabulary does not hold.
     """
     config_path = directory / "tokenizer_config.json"
-    config = _read_json(config_path)
-    _add_missing_tokens(backend, config, config_path)
-    named = _special_tokens(config, _read_json(directory / "special_tokens_map.json"))
-    special = {name: token for name, token in named.items() if token is not None}
+    config = read_json(config_path)
+    special_map = read_json(directory / "special_tokens_map.json")
     sources = [directory / "generation_config.json", directory / "config.json"]
-    models = [_read_json(path) for path in sources]
+    models = [read_json(path) for path in sources]
+    older = (special_map, read_json(directory / "added_tokens.json"))
+    complete_backend(backend, config, config_path, older)
+    apply_legacy(backend, config, models[1].get("model_type"))
+    named = named_tokens(config, special_map)
+    special = {name: token for name, token in named.items() if token is not None}
     stop_ids = {i for model in models for i in _ids(model.get("eos_token_id"))}
 
     def resolve(role: str) -> int | None:
@@ -120,7 +115,6 @@ def read_settings(directory: Path, backend: tokenizers.Tokenizer) -> TokenizerSe
         eos_id=eos_id,
         stop_ids=frozenset(stop_ids if eos_id is None else stop_ids | {eos_id}),
         special_tokens=special,
-        chat_template=_chat_template(directory, config),
     )
 
 
@@ -134,88 +128,67 @@ def _id_of(backend: tokenizers.Tokenizer, token: str, role: str, directory: Path
     return int(token_id)
 
 
-def _special_tokens(
-    config: Mapping[str, Any], special_map: Mapping[str, Any]
-) -> dict[str, str | None]:
-    named: dict[str, str | None] = {}
-    for name in SPECIAL_NAMES:
-        for source in (config, special_map):
-            if name in source:
-                named[name] = _token_text(source[name])
-                break
-    return named
-
-
-def _token_text(value: Any) -> str | None:
-    """A token as a string, or as the dictionary form {"content": ...}."""
-    if isinstance(value, dict):
-        value = value.get("content")
-    return value if isinstance(value, str) else None
-
-
 def _ids(value: Any) -> list[int]:
     values = value if isinstance(value, list) else [value]
     return [item for item in values if isinstance(item, int) and not isinstance(item, bool)]
 
 
-def _add_missing_tokens(
-    backend: tokenizers.Tokenizer, config: Mapping[str, Any], path: Path
-) -> None:
-    """Some repositories list added tokens in tokenizer_config.json only; Hugging Face adds them."""
-    listed = config.get("added_tokens_decoder")
-    if not isinstance(listed, dict):
-        return
-    import tokenizers
+def read_templates(directory: Path) -> dict[str, str]:
+    """The chat templates of a model directory, by name.
 
-    numbered = [(int(key), entry) for key, entry in listed.items() if str(key).isdecimal()]
-    for token_id, entry in sorted(numbered, key=lambda item: item[0]):
-        content = _token_text(entry)
-        if content is None or backend.token_to_id(content) is not None:
-            continue
-        flags = {
-            name: bool(entry[name])
-            for name in ("single_word", "lstrip", "rstrip", "normalized", "special")
-            if isinstance(entry, dict) and name in entry
-        }
-        backend.add_tokens([tokenizers.AddedToken(content, **flags)])
-        if backend.token_to_id(content) != token_id:
-            raise ModelError(
-                f"{path} gives token {content!r} the id {token_id}, but tokenizer.json leaves it "
-                f"{backend.token_to_id(content)}. The tokenizer files do not belong together."
-            )
+    Files (chat_template.jinja, additional_chat_templates/NAME.jinja) win over the text, or the
+    list of named texts, in tokenizer_config.json.
 
+    Args:
+        directory: The model directory.
 
-def _chat_template(directory: Path, config: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja where there is one, else tokenizer_config.json's."""
-    path = directory / "chat_template.jinja"
-    if path.is_file():
-        try:
-            return path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise ModelError(f"{path} is not UTF-8 text. Fetch it again.") from None
-    value = config.get("chat_template")
-    if value is None or isinstance(value, str):
-        return value
+    Returns:
+        `default` and perhaps others, such as `tool_use`; nothing where there is none.
+
+    Raises:
+        ModelError: A file is broken, or several templates leave it open which one is meant.
+    """
+    files = {"default": directory / "chat_template.jinja"}
+    for path in sorted((directory / "additional_chat_templates").glob("*.jinja")):
+        files[path.stem] = path
+    found = {name: _read_text(path) for name, path in files.items() if path.is_file()}
+    path = directory / "tokenizer_config.json"
+    value = read_json(path).get("chat_template") if not found else None
+    if isinstance(value, str):
+        return {"default": value}
     if isinstance(value, list):
-        named = {
-            entry["name"]: entry["template"]
+        found = {
+            entry["name"]: str(entry["template"])
             for entry in value
             if isinstance(entry, dict) and {"name", "template"} <= entry.keys()
         }
-        if "default" in named or len(named) == 1:
-            return str(named.get("default", next(iter(named.values()))))
+    elif value is not None:
         raise ModelError(
-            f"{directory / 'tokenizer_config.json'} holds the chat templates "
-            f"{', '.join(named) or '(none)'} and none is named 'default'. Pass one with "
+            f"{path}: chat_template is a {type(value).__name__}; expected a string or a list of "
+            "{name, template}. Mend it, or pass a template with --chat-template FILE."
+        )
+    if "default" not in found and len(found) == 1:
+        found["default"] = next(iter(found.values()))
+    if "default" not in found and (found or value is not None):
+        raise ModelError(
+            f"{path if value is not None else directory} holds the chat templates "
+            f"{', '.join(found) or '(none)'} and none is named 'default'. Pass one with "
             "--chat-template FILE."
         )
-    raise ModelError(
-        f"{directory / 'tokenizer_config.json'}: chat_template is a {type(value).__name__}; "
-        "expected a string or a list of {name, template}."
-    )
+    return found
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ModelError(f"{path} is not UTF-8 text. Fetch it again.") from None
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}.") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object of a file; an empty one where there is no file."""
     if not path.is_file():
         return {}
     try:

@@ -57,7 +57,11 @@ def run(request: PrepareRequest) -> PrepareReport:
                 splits["valid"].add(sequence)
         for split in splits.values():
             split.writer.commit()
-    return PrepareReport({name: split.report() for name, split in splits.items()})
+    mismatch = tokenizer.mismatch(request.vocab_size)
+    return PrepareReport(
+        {name: split.report() for name, split in splits.items()},
+        () if mismatch is None else (mismatch,),
+    )
 
 
 def _sources(request: PrepareRequest) -> dict[str, Path]:

@@ -13,7 +13,7 @@ import torch
 
 from lowtide.config import setting
 from lowtide.memory.measure import MemoryMeter
-from lowtide.methods import check_options, get_method
+from lowtide.methods import get_method
 from lowtide.methods.options import OPTIONS_OF
 from lowtide.model.adapter import Adapter
 from lowtide.model.batch import Batch
@@ -22,7 +22,7 @@ from lowtide.model.flops import step_flops
 from lowtide.train.budget import within_budget
 from lowtide.train.loop import StepReport, Trainer, measured_update
 from lowtide.train.run import check_length, open_model
-from lowtide.train.settings import ModelSettings, StepSettings, TrainSettings
+from lowtide.train.settings import ModelSettings, StepSettings, TrainSettings, check_step
 from lowtide.weights.writer import tensor_bytes
 
 from .shapes import SHAPES, ShapeSettings, cache_directory, shape_directory, shape_of
@@ -99,16 +99,16 @@ def bench_step(
         ModelError: there is no such shape or model, or it is not supported.
         DataError: the sequence is longer than the model's positions.
     """
-    check_options(settings.method, settings)
+    check_step(settings)
     at = located(settings, say)
     model = open_model(at)
     check_length(model, settings.seq_len)
-    settings, budget = within_budget(settings, model, (settings.seq_len,) * settings.batch_size)
-    adapter = Adapter.create(model, settings.lora_config(), settings.seed)
+    lengths = (settings.seq_len,) * settings.batch_size
+    settings, guard = within_budget(settings, model, lengths)
+    adapter = Adapter.create(model, settings.lora_config(), settings.seed, settings.rounded_dtype)
     method = get_method(settings.method, settings)
-    trainer = Trainer(model, adapter, method, train_settings(at))
-    tokens = settings.batch_size * settings.seq_len
-    trainer.method.reserve(model, tokens, settings.seq_len)
+    trainer = Trainer(model, adapter, method, train_settings(at), guard)
+    trainer.reserve(lengths)
     batches = random_batches(model, settings)
     with MemoryMeter() as meter:
         reports = [
@@ -116,8 +116,7 @@ def bench_step(
             for step in range(1, settings.steps + 2)
         ]
     warmup, measured = reports[0], reports[1:]
-    rate = product_rate(model, settings.seq_len * settings.batch_size)
-    lengths = [settings.seq_len] * settings.batch_size
+    rate = product_rate(model, sum(lengths))
     flops = step_flops(model.spec, adapter.config, lengths, measured[0].n_tokens)
     median = _median(measured)
     return {
@@ -129,7 +128,7 @@ def bench_step(
         "gemm_utilization": flops / (median["wall_s"] * rate),
         "minimal_flops": flops,
         "product_flops_per_s": rate,
-        "budget_bytes": budget,
+        "budget_bytes": None if guard is None else guard.budget_bytes,
         "steps": [asdict(report) for report in measured],
         "warmup_step": asdict(warmup),
     }
@@ -137,7 +136,10 @@ def bench_step(
 
 def described(settings: BenchStepSettings) -> dict[str, Any]:
     """What a result says of its settings, the method's own options among them."""
-    names = ("model", "quantize", "seq_len", "batch_size", "optimizer", "lora_r")
+    names = (
+        *("model", "quantize", "seq_len", "batch_size", "optimizer", "lora_r"),
+        *("optimizer_state", "adapter_dtype"),
+    )
     return {
         name: getattr(settings, name) for name in ("method", *OPTIONS_OF[settings.method], *names)
     }

@@ -51,6 +51,10 @@ class TrainingError(LowtideError):
     """Training had to stop: a loss or gradient that is not finite, a disk that filled."""
 
 
+class BudgetError(TrainingError):
+    """An update would take, or took, more memory than the budget, or than is free."""
+
+
 class LowtideWarning(UserWarning):
     """Something works, but not as well as it looks; the command line prints it in one line."""
 
@@ -66,6 +70,7 @@ KINDS: dict[str, type[LowtideError]] = {
         AdapterError,
         OutputError,
         TrainingError,
+        BudgetError,
     )
 }
 

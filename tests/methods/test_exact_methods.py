@@ -55,6 +55,35 @@ def test_gradients_are_autograds(
         assert max(relative(ours.grads[n], g) for n, g in truth.grads.items()) < 1e-12
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [*WAYS.values(), ("autograd", {}), ("lcsb", {}), ("mezo", {"zo_directions": 2})],
+)
+def test_a_rounded_adapter_has_the_gradients_of_its_values(
+    method: str, options: dict[str, Any], dropout: float, odd_model: Callable[..., Path]
+) -> None:
+    """To the bit those of a float32 adapter that holds the same numbers, and not less exact."""
+    model = lt.load_model(odd_model("llama-biases-llama3"))
+    config = lt.LoraConfig(r=3, lora_dropout=dropout)
+    rounded = lt.Adapter.create(model, config, 1, torch.bfloat16)
+    for name, parameter in random_adapter(model, config).items():
+        rounded.parameters[name].copy_(parameter)
+    wide = lt.Adapter(config, {name: p.float() for name, p in rounded.items()})
+    batch = lt.Batch.from_sequences(*random_batch(131, [23, 1, 9, 31], masked=0.4))
+    ours, same = (
+        lt.gradients(
+            model, a, batch, get_method(method, MethodOptions(**options)), dropout_seed=7, seed=3
+        )
+        for a in (rounded, wide)
+    )
+    assert ours.loss == same.loss
+    assert set(ours.grads) == set(same.grads)
+    for name, grad in ours.grads.items():
+        assert grad.dtype == torch.float32
+        assert torch.equal(grad, same.grads[name])
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_float32_is_as_near_the_truth_as_autograd_is(
     way: str, odd_model: Callable[..., Path]

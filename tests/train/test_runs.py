@@ -55,6 +55,20 @@ def test_training_learns_and_says_so(model: Path, data: Path, tmp_path: Path) ->
     assert finite_loss(model, data, tmp_path / "out") == pytest.approx(result.valid_loss, rel=1e-5)
 
 
+def test_a_rounded_adapter_is_saved_as_it_was_used(model: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = train(
+        model, data, out, iters=12, valid_data=data, steps_per_eval=12,
+        adapter_dtype="bfloat16", optimizer_state="8bit",
+    )  # fmt: skip
+    weights = load_file(out / "adapter_model.safetensors")
+    assert {t.dtype for t in weights.values()} == {torch.bfloat16}
+    assert finite_loss(model, data, out) == pytest.approx(result.valid_loss, rel=1e-6)
+    saved = (out / "run.yaml").read_text()
+    assert "adapter_dtype: bfloat16" in saved
+    assert "optimizer_state: 8bit" in saved
+
+
 @pytest.mark.parametrize("save_every", [1, 100])
 def test_a_rate_that_is_far_too_high_leaves_a_good_adapter(
     model: Path, data: Path, tmp_path: Path, save_every: int

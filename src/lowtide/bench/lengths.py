@@ -12,7 +12,7 @@ from typing import Any
 from lowtide.command import lowtide_command
 from lowtide.config import setting
 from lowtide.errors import ConfigError
-from lowtide.methods import check_options
+from lowtide.train.settings import check_step
 
 from .child import flags_of, run_child
 from .split import PARTS, check_split
@@ -45,7 +45,7 @@ def bench_lengths(settings: LengthsSettings, say: Callable[[str], None]) -> dict
         LowtideError: a step could not be made; says why.
     """
     lengths = _lengths(settings.lengths)
-    check_options(settings.method, settings)
+    check_step(settings)
     check_split(settings.method)
     located(settings, say)  # weights of a shape are written before anything is measured
     given = asdict(settings)

@@ -14,7 +14,7 @@ import torch
 
 from lowtide.config import setting
 from lowtide.memory.measure import MemoryMeter
-from lowtide.methods import check_options, get_method
+from lowtide.methods import get_method
 from lowtide.methods.options import OPTIONS_OF
 from lowtide.model.adapter import Adapter
 from lowtide.model.batch import Batch
@@ -23,7 +23,7 @@ from lowtide.model.flops import step_flops
 from lowtide.train.budget import within_budget
 from lowtide.train.loop import StepReport, Trainer, measured_update
 from lowtide.train.run import check_length, open_model
-from lowtide.train.settings import ModelSettings, StepSettings, TrainSettings
+from lowtide.train.settings import ModelSettings, StepSettings, TrainSettings, check_step
 from lowtide.weights.writer import tensor_bytes
 
 from .shapes import SHAPES, ShapeSettings, cache_directory, shape_directory, shape_of
@@ -113,18 +113,18 @@ def bench_step(
         ModelError: there is no such shape or model, or it is not supported.
         DataError: the sequence is longer than the model's positions.
     """
-    check_options(settings.method, settings)
+    check_step(settings)
     if settings.time_split:
         check_split(settings.method)
     at = located(settings, say)
     model = open_model(at)
     check_length(model, settings.seq_len)
-    settings, budget = within_budget(settings, model, (settings.seq_len,) * settings.batch_size)
-    adapter = Adapter.create(model, settings.lora_config(), settings.seed)
+    lengths = (settings.seq_len,) * settings.batch_size
+    settings, guard = within_budget(settings, model, lengths)
+    adapter = Adapter.create(model, settings.lora_config(), settings.seed, settings.rounded_dtype)
     method = get_method(settings.method, settings)
-    trainer = Trainer(model, adapter, method, train_settings(at))
-    tokens = settings.batch_size * settings.seq_len
-    trainer.method.reserve(model, tokens, settings.seq_len)
+    trainer = Trainer(model, adapter, method, train_settings(at), guard)
+    trainer.reserve(lengths)
     batches = random_batches(model, settings)
     numbers = iter(range(1, 2 * settings.steps + 4))
     with MemoryMeter() as meter:
@@ -134,14 +134,13 @@ def bench_step(
 
         reports = [update() for _ in range(settings.steps + 1)]
         # Steps of their own: what the products leave with malloc would show in a step's peak.
-        rates = [product_rate(model, tokens)]
+        rates = [product_rate(model, sum(lengths))]
         paired: list[StepReport] = []
         for _ in range(min(settings.steps, _PAIRED_STEPS)):
             paired.append(update())
-            rates.append(product_rate(model, tokens))
+            rates.append(product_rate(model, sum(lengths)))
         split = time_split(update) if settings.time_split else None
     warmup, measured = reports[0], reports[1:]
-    lengths = [settings.seq_len] * settings.batch_size
     flops = step_flops(model.spec, adapter.config, lengths, measured[0].n_tokens)
     median = _median(measured)
     utilization = [
@@ -158,7 +157,7 @@ def bench_step(
         "minimal_flops": flops,
         "product_flops_per_s": statistics.median(rates),
         "time_split_s": split,
-        "budget_bytes": budget,
+        "budget_bytes": None if guard is None else guard.budget_bytes,
         "steps": [asdict(report) for report in measured],
         "warmup_step": asdict(warmup),
     }
@@ -166,7 +165,10 @@ def bench_step(
 
 def described(settings: BenchStepSettings) -> dict[str, Any]:
     """What a result says of its settings, the method's own options among them."""
-    names = ("model", "quantize", "seq_len", "batch_size", "optimizer", "lora_r")
+    names = (
+        *("model", "quantize", "seq_len", "batch_size", "optimizer", "lora_r"),
+        *("optimizer_state", "adapter_dtype"),
+    )
     return {
         name: getattr(settings, name) for name in ("method", *OPTIONS_OF[settings.method], *names)
     }

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from lowtide.memory.measure import MemoryMeter
 from lowtide.memory.timeline import Ledger
-from lowtide.methods import GradSink, Method, Step, check_options, get_method
+from lowtide.methods import GradSink, Method, Step, get_method
 from lowtide.model.adapter import Adapter
 from lowtide.model.batch import Batch
 from lowtide.model.decoder import Decoder
 from lowtide.train.budget import within_budget
 from lowtide.train.loop import Trainer
 from lowtide.train.run import check_length, open_model
+from lowtide.train.settings import check_step
 
 from .step import (
     BenchStepSettings,
@@ -87,7 +88,7 @@ def timeline_step(
         ModelError: there is no such shape or model, or it is not supported.
         DataError: the sequence is longer than the model's positions.
     """
-    check_options(settings.method, settings)
+    check_step(settings)
     ledger = Ledger()
     with ledger:
         at = located(settings, say)
@@ -96,13 +97,15 @@ def timeline_step(
         ledger.watch(model)
         tokens = settings.batch_size * settings.seq_len
         lengths = (settings.seq_len,) * settings.batch_size
-        settings, _ = within_budget(settings, model, lengths)
+        settings, guard = within_budget(settings, model, lengths)
         _first_products(model, tokens)
         ledger.settle()
-        adapter = Adapter.create(model, settings.lora_config(), settings.seed)
+        adapter = Adapter.create(
+            model, settings.lora_config(), settings.seed, settings.rounded_dtype
+        )
         method = WatchedMethod(get_method(settings.method, settings), ledger)
-        trainer = Trainer(model, adapter, method, train_settings(at))
-        method.reserve(model, tokens, settings.seq_len)
+        trainer = Trainer(model, adapter, method, train_settings(at), guard)
+        trainer.reserve(lengths)
         warmup, recorded = islice(random_batches(model, settings), 2)
         trainer.update([warmup], 1)
         with MemoryMeter() as meter, ledger.recording():

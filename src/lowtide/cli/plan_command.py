@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
-from lowtide.memory.plan import Plan, chosen
+from lowtide.memory.plan import (
+    Plan,
+    Workload,
+    accumulated_bytes,
+    chosen,
+    lossy,
+    optimizer_bytes,
+)
 from lowtide.train.budget import PlanSettings, Question
 from lowtide.train.run import open_model
 
@@ -30,6 +38,8 @@ def run(argv: Sequence[str]) -> int:
         if count:
             output.say(f"  {kind:<16} {megabytes(count):>12}")
     output.say(f"  {'predicted peak':<16} {megabytes(plan.predicted_peak_bytes):>12}")
+    for line in _about_the_optimizer(settings, question.work):
+        output.say(line)
     output.say("settings, the fastest first, and the smallest budget for each:")
     for other in others:
         mark = "->" if other.options == plan.options else "  "
@@ -40,7 +50,14 @@ def run(argv: Sequence[str]) -> int:
         {
             "predicted_peak_bytes": plan.predicted_peak_bytes,
             "by_kind": plan.by_kind,
-            "settings": chosen(plan.options),
+            "settings": {
+                **chosen(plan.options),
+                "optimizer_state": settings.optimizer_state,
+                "adapter_dtype": settings.adapter_dtype,
+                "accumulate": settings.accumulate,
+            },
+            "lossy": [asdict(one) for one in lossy(question.work)],
+            "accumulated_bytes": accumulated_bytes(question.work),
             "needed_bytes": plan.needed_bytes,
             "budget_bytes": question.budget,
             "longest_sequence": longest,
@@ -55,6 +72,28 @@ def run(argv: Sequence[str]) -> int:
         }
     )
     return 0
+
+
+def _about_the_optimizer(settings: PlanSettings, work: Workload) -> list[str]:
+    """What is kept of the adapter and its gradients, and what the other ways would take."""
+    gradients, held = megabytes(accumulated_bytes(work)), megabytes(optimizer_bytes(work))
+    if settings.accumulate:
+        applied = (
+            f"gradients are summed before the optimiser is applied (--accumulate): {gradients}; "
+            "applied in the backward, each as it comes, they take none"
+        )
+    else:
+        applied = (
+            "the optimiser is applied in the backward, to each gradient as it comes; summing them "
+            f"first (--grad-accumulation-steps, --max-grad-norm) takes {gradients} more"
+        )
+    in_use = f"in use: --optimizer-state {settings.optimizer_state}"
+    in_use += f" --adapter-dtype {settings.adapter_dtype}, optimiser {held}"
+    others = [
+        f"lossy, chosen by nobody but you: {one.setting} takes {megabytes(one.saves_bytes)} less"
+        for one in lossy(work)
+    ]
+    return [in_use, applied, *others]
 
 
 def _name(plan: Plan) -> str:

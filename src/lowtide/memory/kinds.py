@@ -44,6 +44,7 @@ _MODULES = {
     "ops.cross_entropy": "loss",
     "train.optim": "optimizer",
     "train.sink": "gradients",
+    "train.states": "optimizer",
 }
 _BLOCKS = ("block_backward", "block_forward", "reference_block")
 _PACKAGE = __name__.split(".")[0] + "."
@@ -122,7 +123,7 @@ def where(places: list[Place], block: int | None, node: str | None) -> str:
     Returns:
         The loss, or direction, block and operation, or the outermost function of the step.
     """
-    updating = any(place.module == "train.optim" for place in places)
+    updating = any(place.module in ("train.optim", "train.states") for place in places)
     places = [p for p in places if not p.module.startswith(("weights.", "train."))]
     operations = [place.function for place in places if place.module.startswith("ops.")]
     operation = operations[-1] if operations else None

@@ -19,8 +19,10 @@ from lowtide.methods.options import MethodOptions
 from lowtide.model.adapter import LoraConfig
 from lowtide.model.kept import kept_elements
 from lowtide.model.spec import ModelSpec
-from lowtide.model.workspace import TILES, Workspace
+from lowtide.model.workspace import TILES, Workspace, mlp_tile_width
 from lowtide.ops.attention import Heads, allocated_elements, self_segments
+from lowtide.train.states import STATES, master_bytes, packing_bytes, state_bytes
+from lowtide.weights.storages import STORAGES
 
 KINDS = (
     "adapter", "optimizer", "gradients", "block inputs", "kept blocks", "stored h", "buffers",
@@ -47,6 +49,9 @@ class Workload:
         lengths: tokens of each sequence of the largest batch.
         dtype: of the computation.
         widened: whether weights are stored in another dtype, so that tiles are widened.
+        state: how the optimiser keeps its state, a name of `train.states.STATES`.
+        rounded: whether the adapter is in bfloat16 and the optimiser keeps the rest of it.
+        storage: of quantised weights, a name of STORAGES.
     """
 
     spec: ModelSpec
@@ -58,6 +63,9 @@ class Workload:
     lengths: tuple[int, ...]
     dtype: torch.dtype = torch.float32
     widened: bool = True
+    state: str = "float32"
+    rounded: bool = False
+    storage: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -102,12 +110,8 @@ def predict(work: Workload, options: MethodOptions) -> Plan:
     spec, size, tokens = work.spec, work.dtype.itemsize, work.tokens
     layers, rank = spec.num_layers, work.config.r
     adapter = adapter_parameters(spec, work.config)
-    moments = 1 if work.momentum and work.optimizer == "sgd" else _MOMENTS[work.optimizer]
     backward = work.method != "mezo"
     elements = {
-        "adapter": adapter,
-        "optimizer": moments * adapter,
-        "gradients": adapter if work.accumulates else 0,
         "block inputs": _row_count(work, options) * tokens * spec.hidden_size,
         "kept blocks": options.keep_blocks * kept_elements(spec) * tokens,
         "stored h": 0
@@ -117,11 +121,38 @@ def predict(work: Workload, options: MethodOptions) -> Plan:
         "model": layers * (2 * spec.hidden_size + _biases(spec)) + spec.hidden_size,
     }
     by_kind = {kind: count * size for kind, count in elements.items()}
+    # A block's A and B are widened while it is computed, the next block's before they are freed.
+    by_kind["adapter"] = adapter * size
+    if work.rounded:
+        by_kind["adapter"] = 2 * adapter + 2 * size * (adapter // layers)
+    by_kind["optimizer"] = optimizer_bytes(work)
+    by_kind["gradients"] = accumulated_bytes(work) if work.accumulates else 0
+    by_kind["intermediates"] += _unpacking_bytes(work, options)
     if options.block_inputs == "file":
         by_kind["block inputs"] = 0
     by_kind["buffers"] = _workspace_bytes(work, options)
     by_kind["libraries"] = _LIBRARIES
     return Plan(options, {kind: by_kind[kind] for kind in KINDS})
+
+
+def optimizer_bytes(work: Workload) -> int:
+    """Bytes of the optimiser's state, and of the rest of a rounded adapter."""
+    sizes = [
+        work.config.r * width
+        for name in work.config.linears()
+        for width in work.spec.linear_shape(name)
+    ] * work.spec.num_layers
+    moments = 1 if work.momentum and work.optimizer == "sgd" else _MOMENTS[work.optimizer]
+    itemsize = 4 if work.rounded else work.dtype.itemsize
+    held = moments * state_bytes(work.state, sizes, itemsize)
+    if moments:
+        held += packing_bytes(work.state)
+    return held + (master_bytes(sizes) if work.rounded else 0)
+
+
+def accumulated_bytes(work: Workload) -> int:
+    """Bytes of the gradients of all parameters."""
+    return adapter_parameters(work.spec, work.config) * work.dtype.itemsize
 
 
 def adapter_parameters(spec: ModelSpec, config: LoraConfig) -> int:
@@ -147,6 +178,17 @@ def _workspace_bytes(work: Workload, options: MethodOptions) -> int:
         widened=work.widened,
         recomputes=options.keep_blocks < work.spec.num_layers,
     )
+
+
+def _unpacking_bytes(work: Workload, options: MethodOptions) -> int:
+    """What unpacking the largest tile of quantised weights takes beside the tile."""
+    if work.storage is None:
+        return 0
+    spec, storage, size = work.spec, STORAGES[work.storage], work.dtype.itemsize
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    width = mlp_tile_width(spec, work.tokens, options.tiles)
+    rows = storage.scratch_bytes(2 * width, (0, hidden), hidden, size)
+    return max(rows, storage.scratch_bytes(hidden, (0, width), inner, size))
 
 
 def _biases(spec: ModelSpec) -> int:
@@ -240,7 +282,39 @@ def choose(work: Workload, asked: MethodOptions, budget_bytes: int) -> Plan:
     raise ConfigError(
         f"--memory-budget {budget_bytes / 1e6:,.1f} MB is too small for {work.tokens:,} tokens: "
         f"the smallest that would do is {round_up(least)} MB; with this budget {shorter}."
+        f"{_with_lossy(work, asked)}"
     )
+
+
+@dataclass(frozen=True)
+class Lossy:
+    """A lossy setting that nobody but the user chooses, as flags, and the bytes that it saves."""
+
+    setting: str
+    saves_bytes: int
+
+
+def lossy(work: Workload) -> list[Lossy]:
+    """Lossy settings that would take less memory than those of `work`, the least lossy first."""
+    return [Lossy(flags, optimizer_bytes(work) - optimizer_bytes(w)) for flags, w in _lossy(work)]
+
+
+def _lossy(work: Workload) -> Iterator[tuple[str, Workload]]:
+    for state in STATES:
+        other = replace(work, state=state)
+        if state != "float32" and optimizer_bytes(other) < optimizer_bytes(work):
+            yield f"--optimizer-state {state}", other
+
+
+def _with_lossy(work: Workload, asked: MethodOptions) -> str:
+    """A sentence on the smallest budgets with lossy settings; empty where there are none."""
+    parts = [
+        f"{flags} to {round_up(min(p.needed_bytes for p in candidates(other, asked)))} MB"
+        for flags, other in _lossy(work)
+    ]
+    if not parts:
+        return ""
+    return f" Lossy settings, which are yours to choose, lower the smallest: {', '.join(parts)}."
 
 
 def round_up(count: int) -> str:

@@ -29,7 +29,7 @@ class Autograd:
         self, model: Decoder, adapter: Adapter, batch: Batch, sink: GradSink, step: Step
     ) -> float:
         """See `Method.step`."""
-        leaves = {name: p.detach().requires_grad_() for name, p in adapter.items()}
+        leaves = adapter.leaves()
         with torch.enable_grad():
             tracked = Adapter(adapter.config, leaves)
             loss = reference_loss(model, tracked, batch, step.dropout_seed)

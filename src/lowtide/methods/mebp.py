@@ -97,8 +97,7 @@ class Mebp:
         total = self._loss_backward_(model, inputs[-1], batch, ws, step.scale)
         dy = inputs[-1]
         for layer in reversed(range(model.spec.num_layers)):
-            matrices = adapter.of_layer(layer)
-            leaves = {name: p.detach().requires_grad_() for name, p in matrices.items()}
+            leaves = adapter.leaves(layer)
             x = inputs[layer].detach().requires_grad_(layer > 0)
             wanted = [*([x] if layer > 0 else []), *leaves.values()]
             if not wanted:

@@ -35,18 +35,18 @@ class Direction:
         self._places = {name: place for place, (name, _) in enumerate(adapter.items())}
 
     def of(self, name: str) -> Tensor:
-        """z of the parameter of that PEFT name, in its shape and dtype."""
-        parameter = self._adapter.parameters[name]
+        """z of the parameter of that PEFT name, in its shape and the compute dtype."""
+        shape, dtype = self._adapter.parameters[name].shape, self._adapter.compute_dtype
         seed = (self._seed + self._places[name] * 0x85EBCA77) & (1 << 63) - 1
         generator = torch.Generator().manual_seed(seed)
-        return torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        return torch.randn(shape, generator=generator, dtype=dtype)
 
 
 class _Moved(Adapter):
     """`theta + distance z`, formed one linear at a time."""
 
     def __init__(self, adapter: Adapter, direction: Direction, distance: float) -> None:
-        super().__init__(adapter.config, adapter.parameters)
+        super().__init__(adapter.config, adapter.parameters, adapter.compute_dtype)
         self._direction, self._distance = direction, distance
 
     def lora(self, layer: int, linear: str, dropout_seed: int | None) -> Lora | None:

@@ -100,22 +100,43 @@ def parameter_name(layer: int, linear: str, part: str) -> str:
 class Adapter:
     """LoRA matrices of a model: `A (r, in)` and `B (out, r)` per adapted linear."""
 
-    def __init__(self, config: LoraConfig, parameters: dict[str, Tensor]) -> None:
-        """Wrap matrices by PEFT name; use `create` or `load`."""
+    def __init__(
+        self,
+        config: LoraConfig,
+        parameters: dict[str, Tensor],
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        """Wrap matrices by PEFT name; use `create` or `load`.
+
+        Args:
+            config: settings.
+            parameters: the matrices, all of one dtype.
+            compute_dtype: what they are widened to where they are used; None takes their own.
+        """
         self.config = config
         self.parameters = parameters
+        own = (p.dtype for p in parameters.values())
+        self.compute_dtype = compute_dtype or next(own, torch.float32)
 
     @classmethod
-    def create(cls, model: Decoder, config: LoraConfig | None = None, seed: int = 0) -> Adapter:
+    def create(
+        cls,
+        model: Decoder,
+        config: LoraConfig | None = None,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
+    ) -> Adapter:
         """A fresh adapter as PEFT initialises it: A Kaiming-uniform (a = sqrt 5), B zero.
 
         Args:
             model: the model it will adapt.
             config: settings; the defaults when None.
             seed: of A's values.
+            dtype: of the matrices; None takes the model's compute dtype. In bfloat16 the adapter's
+                function is the one with rounded A and B.
 
         Returns:
-            An adapter whose matrices are views of one tensor in the compute dtype.
+            An adapter whose matrices are views of one tensor.
 
         Raises:
             ConfigError: target_modules names no linear of the model.
@@ -123,7 +144,7 @@ class Adapter:
         config = config or LoraConfig()
         shapes = adapter_shapes(model.spec, config)
         total = sum(math.prod(shape) for shape in shapes.values())
-        flat = torch.zeros(total, dtype=model.compute_dtype)
+        flat = torch.zeros(total, dtype=dtype or model.compute_dtype)
         generator = torch.Generator().manual_seed(seed)
         parameters: dict[str, Tensor] = {}
         start = 0
@@ -134,7 +155,7 @@ class Adapter:
                 bound = 1.0 / math.sqrt(shape[1])
                 draw = torch.rand(shape, generator=generator, dtype=torch.float32)
                 parameters[name].copy_(draw.mul_(2 * bound).sub_(bound))
-        return cls(config, parameters)
+        return cls(config, parameters, model.compute_dtype)
 
     @classmethod
     def load(cls, directory: str | Path, model: Decoder) -> Adapter:
@@ -183,12 +204,14 @@ class Adapter:
             dropout_seed: of this micro-batch; None turns dropout off.
 
         Returns:
-            References to the matrices, with a seed of its own for each linear.
+            References to the matrices, or copies where they are not in the compute dtype, with a
+            seed of its own for each linear.
         """
         a = self.parameters.get(parameter_name(layer, linear, "A"))
         if a is None:
             return None
         b = self.parameters[parameter_name(layer, linear, "B")]
+        a, b = a.to(self.compute_dtype), b.to(self.compute_dtype)
         if dropout_seed is None or self.config.lora_dropout == 0.0:
             return Lora(a, b, self.config.scale)
         own = (dropout_seed * 1_000_003 + layer * len(LINEARS) + LINEARS.index(linear)) * 0x9E3779B1
@@ -198,6 +221,12 @@ class Adapter:
         """Matrices of one block, by PEFT name."""
         prefix = f"{_PREFIX}{layer}."
         return {name: p for name, p in self.items() if name.startswith(prefix)}
+
+    def leaves(self, layer: int | None = None) -> dict[str, Tensor]:
+        """What autograd takes gradients of: matrices in the compute dtype, of one block or all."""
+        matrices = self.parameters if layer is None else self.of_layer(layer)
+        wide = {name: p.detach().to(self.compute_dtype) for name, p in matrices.items()}
+        return {name: p.requires_grad_() for name, p in wide.items()}
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """(PEFT name, matrix) of every parameter."""

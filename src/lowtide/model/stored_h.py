@@ -23,9 +23,8 @@ class StoredH:
     def __init__(self, adapter: Adapter, max_tokens: int) -> None:
         """Make room for batches of up to `max_tokens` tokens."""
         names = [name for name, _ in adapter.items() if ".lora_A." in name]
-        some = next(iter(adapter.parameters.values()))
         rank = adapter.config.r
-        self._flat = torch.empty(len(names), rank * max_tokens, dtype=some.dtype)
+        self._flat = torch.empty(len(names), rank * max_tokens, dtype=adapter.compute_dtype)
         self._places = {name: place for place, name in enumerate(names)}
         self._rank, self._max_tokens = rank, max_tokens
         self.tokens = max_tokens

@@ -8,15 +8,17 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, TypeVar
 
 from lowtide.config import build, setting
-from lowtide.errors import ConfigError
+from lowtide.errors import BudgetError, ConfigError
+from lowtide.memory import measure
 from lowtide.memory.available import available_bytes
+from lowtide.memory.measure import read_memory
 from lowtide.memory.plan import Plan, Workload, candidates, choose, longest_that_fits, predict
-from lowtide.methods import MethodOptions, check_options
+from lowtide.methods import MethodOptions
 from lowtide.model.decoder import Decoder
 from lowtide.sizes import size_in_bytes
 from lowtide.weights.checkpoint import dtype_name
 
-from .settings import ModelSettings, StepSettings
+from .settings import ModelSettings, StepSettings, check_step
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,7 @@ def workload(
     Returns:
         The question.
     """
-    config = settings.lora_config()
+    config, storage = settings.lora_config(), model.checkpoint.storage
     return Workload(
         spec=model.spec,
         config=config,
@@ -84,6 +86,9 @@ def workload(
         lengths=tuple(lengths),
         dtype=model.compute_dtype,
         widened=model.stored_dtypes != [dtype_name(model.compute_dtype)],
+        state=settings.optimizer_state,
+        rounded=settings.rounded_dtype is not None,
+        storage=None if storage is None else storage.name,
     )
 
 
@@ -94,7 +99,7 @@ def options_of(settings: MethodOptions) -> MethodOptions:
 
 def within_budget(
     settings: S, model: Decoder, lengths: Sequence[int], *, accumulates: bool = False
-) -> tuple[S, int | None]:
+) -> tuple[S, Guard | None]:
     """The settings as the planner chooses them.
 
     Args:
@@ -104,8 +109,8 @@ def within_budget(
         accumulates: whether the gradients of all parameters live at once.
 
     Returns:
-        The settings with the options that fit, and the budget in bytes; unchanged and None where
-        there is no budget.
+        The settings with the options that fit, and what keeps watch over the budget; unchanged
+        and None where there is no budget.
 
     Raises:
         ConfigError: the budget is too small, is no size, is more than the memory that is free, or
@@ -114,7 +119,8 @@ def within_budget(
     if settings.memory_budget is None:
         return settings, None
     budget = budget_bytes(settings.memory_budget)
-    plan = choose(workload(settings, model, lengths, accumulates), options_of(settings), budget)
+    work = workload(settings, model, lengths, accumulates)
+    plan = choose(work, options_of(settings), budget)
     available = available_bytes()
     if plan.needed_bytes > available:
         raise ConfigError(
@@ -122,7 +128,65 @@ def within_budget(
             f"{plan.needed_bytes / 1e6:,.1f} MB, and {available / 1e6:,.1f} MB are free. "
             "Lower it, or close other programs."
         )
-    return replace(settings, **asdict(plan.options)), budget
+    return replace(settings, **asdict(plan.options)), Guard(work, plan.options, budget)
+
+
+class Guard:
+    """Keeps watch over a budget during a run: before each update, and after it."""
+
+    def __init__(self, work: Workload, options: MethodOptions, budget_bytes: int) -> None:
+        """Nothing is checked yet.
+
+        Args:
+            work: what the budget was planned for.
+            options: as planned.
+            budget_bytes: for `peak_anon_bytes`.
+        """
+        self._work, self._options = work, options
+        self.budget_bytes = budget_bytes
+
+    def admit(self, lengths: Sequence[int]) -> None:
+        """Refuse a batch before anything is allocated for it.
+
+        Args:
+            lengths: tokens of each of its sequences.
+
+        Raises:
+            BudgetError: by its own lengths it needs more than the budget; or more than is held
+                already and free now, of the machine or the control group.
+        """
+        plan = predict(replace(self._work, lengths=tuple(lengths)), self._options)
+        batch = f"a batch of {sum(lengths):,} tokens, the longest sequence {max(lengths):,},"
+        if plan.needed_bytes > self.budget_bytes:
+            raise BudgetError(
+                f"{batch} needs {plan.needed_bytes / 1e6:,.1f} MB, and the budget is "
+                f"{self.budget_bytes / 1e6:,.1f} MB. Raise --memory-budget, or lower "
+                "--max-seq-length or --batch-size."
+            )
+        held = max(0, read_memory().anon_bytes - measure.AT_IMPORT.anon_bytes)
+        free = available_bytes()
+        if plan.needed_bytes - held > free:
+            raise BudgetError(
+                f"{batch} needs {plan.needed_bytes / 1e6:,.1f} MB, of which "
+                f"{held / 1e6:,.1f} MB are held already, and {free / 1e6:,.1f} MB are free now. "
+                "Close other programs, or lower --memory-budget."
+            )
+
+    def check(self, peak_anon_bytes: int) -> None:
+        """Refuse to go on after an update that took more than was predicted and allowed.
+
+        Args:
+            peak_anon_bytes: of the update.
+
+        Raises:
+            BudgetError: it was above the budget.
+        """
+        if peak_anon_bytes > self.budget_bytes:
+            raise BudgetError(
+                f"the update took {peak_anon_bytes / 1e6:,.1f} MB, more than the budget of "
+                f"{self.budget_bytes / 1e6:,.1f} MB. Raise --memory-budget, or lower "
+                "--max-seq-length."
+            )
 
 
 def plan(settings: PlanSettings | None = None, **given: Any) -> Plan:
@@ -158,7 +222,7 @@ class Question:
         Raises:
             ConfigError: an option does not belong to the method.
         """
-        check_options(settings.method, settings)
+        check_step(settings)
         lengths = (settings.max_seq_length,) * settings.batch_size
         self.work = workload(settings, model, lengths, settings.accumulate)
         self.options = options_of(settings)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 
-from lowtide.errors import ModelError, OutputError, TrainingError
+from lowtide.errors import BudgetError, ModelError, OutputError, TrainingError
 from lowtide.infer.evaluate import Evaluation, Sequences, batch_of, evaluate
 from lowtide.memory.measure import MemoryMeter, read_from_disk
 from lowtide.methods import Method, Step
@@ -20,6 +20,7 @@ from lowtide.model.adapter import Adapter
 from lowtide.model.batch import Batch
 from lowtide.model.decoder import Decoder
 
+from .budget import Guard
 from .optim import OPTIMIZERS
 from .run_dir import RunDir
 from .settings import TrainSettings
@@ -87,11 +88,11 @@ class Trainer:
         adapter: Adapter,
         method: Method,
         settings: TrainSettings,
-        budget_bytes: int | None = None,
+        guard: Guard | None = None,
     ) -> None:
         """Set up the optimiser and the gradient sink that the settings ask for."""
         self.model, self.adapter, self.method, self.settings = model, adapter, method, settings
-        self._budget = budget_bytes
+        self._guard = guard
         optimizer = OPTIMIZERS[settings.optimizer](settings, adapter.parameters)
         self._sink: ApplySink | AccumulateSink = (
             AccumulateSink(adapter.parameters, optimizer, settings.max_grad_norm)
@@ -109,6 +110,19 @@ class Trainer:
         self._stop_requested = True
         return self._updating
 
+    def reserve(self, lengths: Sequence[int]) -> None:
+        """Make the method's buffers for batches of up to these lengths, if the budget allows them.
+
+        Args:
+            lengths: tokens of each sequence of the largest batch.
+
+        Raises:
+            BudgetError: they need more than the budget, or than is free.
+        """
+        if self._guard is not None:
+            self._guard.admit(lengths)
+        self.method.reserve(self.model, sum(lengths), max(lengths))
+
     def update(self, batches: list[Batch], step: int) -> tuple[float, float | None]:
         """One optimiser update from micro-batches, each token weighing the same.
 
@@ -122,8 +136,12 @@ class Trainer:
         Raises:
             TrainingError: a loss or gradient is not finite; the parameters of a non-finite loss
                 are as they were before this update.
+            BudgetError: a batch needs more than the budget, or than is free; nothing was done.
             ModelError: a weight file changed since the model was loaded.
         """
+        if self._guard is not None:
+            for lengths in {batch.lengths for batch in batches}:
+                self._guard.admit(lengths)
         n_tokens = sum(batch.n_tokens for batch in batches)
         total = 0.0
         for number, batch in enumerate(batches):
@@ -172,7 +190,7 @@ class Trainer:
                     history.interrupted = True
                 self._finish(run)
         except (TrainingError, OutputError, ModelError) as error:
-            if isinstance(error, TrainingError):
+            if isinstance(error, TrainingError) and not isinstance(error, BudgetError):
                 run_dir.roll_back()
             raise TrainingError(
                 f"training stopped at step {history.steps + 1}: {error} {_kept(run_dir)}"
@@ -183,7 +201,7 @@ class Trainer:
         train, valid, run_dir, observer, history = run
         s = self.settings
         longest = max(max(train.lengths), 0 if valid is None else max(valid.lengths))
-        self.method.reserve(self.model, s.batch_size * longest, longest)
+        self.reserve([longest] * s.batch_size)
         indices = index_stream(len(train), s.seed)
         self._validate(run, 0)
         for step in range(1, s.iters + 1):
@@ -199,7 +217,8 @@ class Trainer:
             run_dir.confirm()
             run_dir.log(asdict(report))
             observer.on_step(report)
-            self._require_budget(report)
+            if self._guard is not None:
+                self._guard.check(report.peak_anon_bytes)
             if self._stop_requested:
                 raise KeyboardInterrupt
             if step % s.steps_per_eval == 0 or step == s.iters:
@@ -207,13 +226,6 @@ class Trainer:
             if step % s.save_every == 0 and step < s.iters:
                 run_dir.save(self.adapter, step)
                 observer.on_save(step)
-
-    def _require_budget(self, report: StepReport) -> None:
-        if self._budget is not None and report.peak_anon_bytes > self._budget:
-            raise TrainingError(
-                f"the update took {report.peak_anon_bytes / 1e6:,.1f} MB, more than the budget of "
-                f"{self._budget / 1e6:,.1f} MB. Raise --memory-budget, or lower --max-seq-length."
-            )
 
     def _finish(self, run: _Run) -> None:
         """Save what the last update made, and see that its loss is finite too."""

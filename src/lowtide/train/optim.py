@@ -2,17 +2,21 @@
 
 The rules are torch.optim's (`SGD`, `AdamW`), to which tests hold them. State of all parameters is
 one tensor per moment, reserved at the start and backed by memory as it is first written: many
-small tensors, made between gradients that come and go, would leave holes in the heap.
+small tensors, made between gradients that come and go, would leave holes in the heap. `states.py`
+keeps it in fewer bits where that is asked for.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+
+from .states import BLOCK, STATES, Master, spans
 
 if TYPE_CHECKING:
     from .settings import OptimizerSettings
@@ -28,61 +32,92 @@ class Optimizer(Protocol):
         """All parameters of this step have been updated."""
 
 
-def zeros_for(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Zeros shaped like each parameter, all views of one tensor."""
-    some = next(iter(parameters.values()))
-    flat = torch.zeros(sum(p.numel() for p in parameters.values()), dtype=some.dtype)
-    parts = torch.split(flat, [p.numel() for p in parameters.values()])
-    return {
-        name: part.view(p.shape) for (name, p), part in zip(parameters.items(), parts, strict=True)
-    }
+class _Elementwise(ABC):
+    """A rule that treats each element by itself, so that a parameter can be updated in pieces."""
 
+    def __init__(
+        self, settings: OptimizerSettings, parameters: Mapping[str, Tensor], signed: Sequence[bool]
+    ) -> None:
+        """Reserve the state.
 
-class Sgd:
-    """`buf = momentum * buf + g + wd * p`, `p -= lr * buf`."""
-
-    def __init__(self, settings: OptimizerSettings, parameters: Mapping[str, Tensor]) -> None:
-        """Take lr, momentum and weight decay from the settings; state only with momentum."""
+        Args:
+            settings: rates, and how the state is kept.
+            parameters: by name; of bfloat16 ones the float32 values are kept here.
+            signed: whether each moment has elements of either sign.
+        """
         self._settings = settings
-        self._buffers = zeros_for(parameters) if settings.momentum else {}
-
-    def update(self, name: str, parameter: Tensor, grad: Tensor) -> None:
-        """See `Optimizer.update`."""
-        s = self._settings
-        if s.weight_decay:
-            grad = grad.add_(parameter, alpha=s.weight_decay)
-        if s.momentum:
-            grad = self._buffers[name].mul_(s.momentum).add_(grad)
-        parameter.add_(grad, alpha=-s.learning_rate)
-
-    def next_step(self) -> None:
-        """Nothing depends on the step."""
-
-
-class AdamW:
-    """Adam with decoupled weight decay (arXiv 1711.05101), state in the parameter's dtype."""
-
-    def __init__(self, settings: OptimizerSettings, parameters: Mapping[str, Tensor]) -> None:
-        """Take lr, betas, eps and weight decay from the settings."""
-        self._settings = settings
-        self._means, self._squares = zeros_for(parameters), zeros_for(parameters)
+        self._moments = [STATES[settings.optimizer_state](parameters, sign) for sign in signed]
+        rounded = next(iter(parameters.values())).dtype == torch.bfloat16
+        self._master = Master(parameters) if rounded else None
+        self._whole = not rounded and settings.optimizer_state == "float32"
+        self._places = {name: place for place, name in enumerate(parameters)}
+        self._random = torch.Generator()
         self._step = 1
 
     def update(self, name: str, parameter: Tensor, grad: Tensor) -> None:
         """See `Optimizer.update`."""
+        values, slopes = parameter.view(-1), grad.reshape(-1)
+        for span in spans(len(values), whole=self._whole):
+            held = values[span]
+            value = held if self._master is None else self._master.read(name, held, span)
+            moments = [moment.read(name, span) for moment in self._moments]
+            self._change(value, slopes[span].to(value.dtype), moments)
+            for number, moment in enumerate(self._moments):
+                self._seed(name, number, span)
+                moment.write(name, span, self._random)
+            if self._master is not None:
+                self._master.write(name, held, span)
+
+    def next_step(self) -> None:
+        """See `Optimizer.next_step`."""
+        self._step += 1
+
+    def _seed(self, name: str, number: int, span: slice) -> None:
+        """What rounding draws depends on the step and the place, not on what was drawn before."""
+        if not self._whole:
+            place = (self._places[name] << 8) + span.start // BLOCK
+            seed = ((2 * self._step + number) * 1_000_003 + place) * 0x9E3779B1
+            self._random.manual_seed(seed & (1 << 63) - 1)
+
+    @abstractmethod
+    def _change(self, value: Tensor, grad: Tensor, moments: Sequence[Tensor]) -> None:
+        """Change elements and their moments in place; `grad` may be overwritten."""
+
+
+class Sgd(_Elementwise):
+    """`buf = momentum * buf + g + wd * p`, `p -= lr * buf`."""
+
+    def __init__(self, settings: OptimizerSettings, parameters: Mapping[str, Tensor]) -> None:
+        """Take lr, momentum and weight decay from the settings; state only with momentum."""
+        super().__init__(settings, parameters, [True] if settings.momentum else [])
+
+    def _change(self, value: Tensor, grad: Tensor, moments: Sequence[Tensor]) -> None:
         s = self._settings
-        mean, square = self._means[name], self._squares[name]
+        if s.weight_decay:
+            grad = grad.add_(value, alpha=s.weight_decay)
+        if s.momentum:
+            grad = moments[0].mul_(s.momentum).add_(grad)
+        value.add_(grad, alpha=-s.learning_rate)
+
+
+class AdamW(_Elementwise):
+    """Adam with decoupled weight decay (arXiv 1711.05101)."""
+
+    def __init__(self, settings: OptimizerSettings, parameters: Mapping[str, Tensor]) -> None:
+        """Take lr, betas, eps and weight decay from the settings."""
+        super().__init__(settings, parameters, [True, False])
+
+    def _change(self, value: Tensor, grad: Tensor, moments: Sequence[Tensor]) -> None:
+        s = self._settings
+        mean, square = moments
+        grad = grad.to(mean.dtype)
         mean.lerp_(grad, 1 - s.beta1)
         square.mul_(s.beta2).addcmul_(grad, grad, value=1 - s.beta2)
         correction = 1 - s.beta1**self._step
         scale = math.sqrt(1 - s.beta2**self._step)
         denominator = torch.sqrt(square, out=grad).div_(scale).add_(s.adam_eps)
-        parameter.mul_(1 - s.learning_rate * s.weight_decay)
-        parameter.addcdiv_(mean, denominator, value=-s.learning_rate / correction)
-
-    def next_step(self) -> None:
-        """Advance the bias corrections."""
-        self._step += 1
+        value.mul_(1 - s.learning_rate * s.weight_decay)
+        value.addcdiv_(mean, denominator, value=-s.learning_rate / correction)
 
 
 OPTIMIZERS: dict[str, Callable[[OptimizerSettings, Mapping[str, Tensor]], Optimizer]] = {

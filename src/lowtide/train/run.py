@@ -17,7 +17,7 @@ from lowtide.data.formats import FeatureNames
 from lowtide.data.prepare import PrepareReport, PrepareRequest, prepare
 from lowtide.errors import ConfigError, DataError
 from lowtide.infer.evaluate import Evaluation
-from lowtide.methods import check_options, get_method
+from lowtide.methods import get_method
 from lowtide.model.adapter import Adapter
 from lowtide.model.decoder import Decoder, load_model
 from lowtide.model.threads import set_threads
@@ -25,7 +25,7 @@ from lowtide.model.threads import set_threads
 from .budget import within_budget
 from .loop import Observer, StepReport, Trainer, TrainResult, accumulates
 from .run_dir import RunDir, check_output, check_space, made_directory
-from .settings import DataSettings, ModelSettings, TrainSettings
+from .settings import DataSettings, ModelSettings, TrainSettings, check_step
 
 
 class RunObserver(Observer, Protocol):
@@ -92,7 +92,7 @@ def train(
     check_output(directory, settings.overwrite)
     model = open_model(settings)
     check_length(model, settings.max_seq_length)
-    adapter = Adapter.create(model, settings.lora_config(), settings.seed)
+    adapter = Adapter.create(model, settings.lora_config(), settings.seed, settings.rounded_dtype)
     check_space(directory, adapter)
     observer.on_model(model, adapter)
     with made_directory(directory) as caches:
@@ -102,14 +102,14 @@ def train(
         valid = report.splits.get("valid")
         valid_set = None if valid is None else TokenDataset.open(valid.path)
         longest = max(max(train_set.lengths), 0 if valid_set is None else max(valid_set.lengths))
-        fitting, budget = within_budget(
+        fitting, guard = within_budget(
             settings,
             model,
             (longest,) * settings.batch_size,
             accumulates=accumulates(settings),
         )
         method = get_method(settings.method, fitting)
-        trainer = Trainer(model, adapter, method, settings, budget)
+        trainer = Trainer(model, adapter, method, settings, guard)
         with closing(RunDir(directory, settings, settings.model)) as run_dir:
             with _finish_update_on_interrupt(trainer, observer):
                 return trainer.run(train_set, valid_set, run_dir, observer)
@@ -129,7 +129,7 @@ def check_supported(settings: TrainSettings) -> None:
             "--resume is not supported yet. Start a new run in another --adapter-path, or replace "
             "this one with --overwrite."
         )
-    check_options(settings.method, settings)
+    check_step(settings)
     if settings.valid_data is not None and settings.valid_records:
         raise ConfigError("give --valid-data or --valid-records, not both.")
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from lowtide.config import setting
-from lowtide.methods import METHODS, MethodOptions
+from lowtide.errors import ConfigError
+from lowtide.methods import METHODS, MethodOptions, check_options
 from lowtide.model.adapter import ALL_LINEAR, LoraConfig
 from lowtide.model.decoder import COMPUTE_DTYPES
 from lowtide.weights.storages import STORAGES
 
 from .optim import OPTIMIZERS
+from .states import STATES
 
 MAX_SEED = 2**63 - 1
 MAX_BATCH = 65_536
@@ -104,6 +108,12 @@ class OptimizerSettings:
     beta1: float = setting(0.9, help="first decay rate of adamw", minimum=0, maximum=0.9999)
     beta2: float = setting(0.999, help="second decay rate of adamw", minimum=0, maximum=0.999999)
     adam_eps: float = setting(1e-8, help="epsilon of adamw", above=0)
+    optimizer_state: str = setting(
+        "float32",
+        help="how adamw's moments and sgd's momentum are kept: 4 bytes per adapter parameter and "
+        "moment (8 with --compute-dtype float64), or, lossy, 2 (bfloat16) or 1.02 (8bit)",
+        choices=tuple(STATES),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +121,12 @@ class StepSettings(MethodOptions, OptimizerSettings, LoraSettings):
     """What decides the memory of a step, the model and the batch aside."""
 
     method: str = setting("mesp", help="how gradients are computed", choices=tuple(METHODS))
+    adapter_dtype: str = setting(
+        "float32",
+        help="dtype of the adapter: float32 is the compute dtype; bfloat16, lossy, computes with "
+        "rounded A and B and saves them so, while the optimiser keeps what rounding took away",
+        choices=("float32", "bfloat16"),
+    )
     memory_budget: str | None = setting(
         None,
         help="keep peak_anon_bytes within a size such as 400MB, or a share of the free memory such "
@@ -118,6 +134,29 @@ class StepSettings(MethodOptions, OptimizerSettings, LoraSettings):
         filled=True,
         metavar="SIZE",
     )
+
+    @property
+    def rounded_dtype(self) -> torch.dtype | None:
+        """The adapter's dtype where it is not the compute dtype."""
+        return torch.bfloat16 if self.adapter_dtype == "bfloat16" else None
+
+
+def check_step(settings: StepSettings) -> None:
+    """Refuse what the method or the optimiser would ignore.
+
+    Args:
+        settings: of a command that makes steps.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    check_options(settings.method, settings)
+    stateless = settings.optimizer == "sgd" and not settings.momentum
+    if settings.optimizer_state != "float32" and stateless:
+        raise ConfigError(
+            f"--optimizer-state {settings.optimizer_state} is for adamw, and for sgd with "
+            "--momentum; sgd without it keeps no state. Leave it out."
+        )
 
 
 # Dataclass fields come in reverse order of the bases, which is thus the order of run.yaml.

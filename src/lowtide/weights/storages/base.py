@@ -32,6 +32,19 @@ class Storage(Protocol):
     def encode(self, rows: Tensor) -> dict[str, Tensor]:
         """The parts of some rows `(n, in)`, float32 and finite."""
 
+    def scratch_bytes(self, rows: int, span: tuple[int, int], cols: int, itemsize: int) -> int:
+        """What `decode_` allocates and frees beside `out`.
+
+        Args:
+            rows: of the tile.
+            span: its columns.
+            cols: of the matrix.
+            itemsize: bytes of an element of `out`.
+
+        Returns:
+            Bytes.
+        """
+
     def decode_(
         self, out: Tensor, parts: Parts, rows: slice | Tensor, span: tuple[int, int]
     ) -> None:

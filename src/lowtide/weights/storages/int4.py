@@ -12,8 +12,9 @@ are rounded to bfloat16 before anything is divided by them.
 bits and column `half + j` in its high four. Unpacking a half is then one operation on bytes that
 lie side by side, which leaves `16 q` as a signed byte (the low half is shifted up, the high half
 is masked); the 16 is taken out of the scale, which is exact. A widening copy and one product with
-the scales follow. The byte operation's result, an eighth of the tile's bytes in float32, is all
-the memory that a tile takes beside the caller's buffer.
+the scales follow. The byte operation's result, an eighth of the tile's bytes in float32 (a
+quarter, where the tile lies in one half), and the widened scales are all the memory that a tile
+takes beside the caller's buffer.
 """
 
 from __future__ import annotations
@@ -82,22 +83,35 @@ class Int4:
         packed = (first & 15).bitwise_or_(second << 4)
         return {"int4": packed, "scales": scales.squeeze(2), **parts}
 
+    def scratch_bytes(self, rows: int, span: tuple[int, int], cols: int, itemsize: int) -> int:
+        """See `Storage.scratch_bytes`: raised bytes, or the scales and zero points, widened."""
+        half = -(-self._groups((0, cols)).stop // 2) * self.group_size
+        groups = self._groups(span)
+        scales = rows * (groups.stop - groups.start) * itemsize
+        raised = rows * min(half, span[1] - span[0])
+        return max(raised, scales * (1 if self.symmetric else 2))
+
     def decode_(
         self, out: Tensor, parts: Parts, rows: slice | Tensor, span: tuple[int, int]
     ) -> None:
         """See `Storage.decode_`."""
         self._unpack_(out, parts["int4"][rows], span)
-        scales = parts["scales"][rows].to(out.dtype).div_(_SHIFT).unsqueeze(2)
+        held = self._groups(span)
+        scales = parts["scales"][rows][:, held].to(out.dtype).div_(_SHIFT).unsqueeze(2)
         zeros = None
         if not self.symmetric:
-            zeros = parts["zeros"][rows].to(out.dtype).mul_(_SHIFT).unsqueeze(2)
+            zeros = parts["zeros"][rows][:, held].to(out.dtype).mul_(_SHIFT).unsqueeze(2)
         for start, stop in group_runs(*span, self.group_size):
-            groups = slice(start // self.group_size, -(-stop // self.group_size))
+            groups = self._groups((start, stop), held.start)
             run = out[:, start - span[0] : stop - span[0]]
             run = run.view(len(out), groups.stop - groups.start, -1)
             if zeros is not None:
                 run.sub_(zeros[:, groups])
             run.mul_(scales[:, groups])
+
+    def _groups(self, span: tuple[int, int], first: int = 0) -> slice[int, int, None]:
+        """Groups that columns `span` lie in, counted from `first`."""
+        return slice(span[0] // self.group_size - first, -(-span[1] // self.group_size) - first)
 
     def _unpack_(self, out: Tensor, packed: Tensor, span: tuple[int, int]) -> None:
         """`out = 16 q` of columns `span`."""

@@ -31,6 +31,10 @@ class Int8:
         quotient = rows / divisor(scales)
         return {"int8": quotient.round_().clamp_(-_LARGEST, _LARGEST).char(), "scales": scales}
 
+    def scratch_bytes(self, rows: int, span: tuple[int, int], cols: int, itemsize: int) -> int:
+        """See `Storage.scratch_bytes`: the scales, widened."""
+        return rows * itemsize
+
     def decode_(
         self, out: Tensor, parts: Parts, rows: slice | Tensor, span: tuple[int, int]
     ) -> None:

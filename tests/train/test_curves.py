@@ -27,13 +27,32 @@ LOSSY: list[dict[str, str]] = [
 ]
 
 
+SMALL = {"iters": 40, "batch_size": 4, "max_seq_length": 32, "learning_rate": 5e-3}
+REAL = {"iters": 200, "batch_size": 4, "max_seq_length": 64, "learning_rate": 3e-3}
+
+
+@pytest.fixture(scope="module")
+def small_curve(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    return curve(model, data, tmp_path_factory.mktemp("small") / "whole", **SMALL)
+
+
+@pytest.fixture(scope="module")
+def real_material() -> tuple[Path, Path]:
+    return asset("models/stories260K/hf-llama"), asset("data/wizard_of_oz/wizard_of_oz.txt")
+
+
+@pytest.fixture(scope="module")
+def real_curve(
+    real_material: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> list[float]:
+    return curve(*real_material, tmp_path_factory.mktemp("real") / "whole", **REAL)
+
+
 @pytest.mark.parametrize("given", LOSSY)
 def test_lossy_settings_learn_as_well_on_a_small_model(
-    given: dict[str, str], model: Path, data: Path, tmp_path: Path
+    given: dict[str, str], small_curve: list[float], model: Path, data: Path, tmp_path: Path
 ) -> None:
-    settings = {"iters": 40, "batch_size": 4, "max_seq_length": 32, "learning_rate": 5e-3}
-    whole = curve(model, data, tmp_path / "whole", **settings)
-    lossy = curve(model, data, tmp_path / "lossy", **settings, **given)
+    whole, lossy = small_curve, curve(model, data, tmp_path / "lossy", **SMALL, **given)
     assert lossy != whole
     assert lossy[0] == pytest.approx(whole[0], rel=1e-2)
     assert mean(lossy[-10:]) == pytest.approx(mean(whole[-10:]), rel=0.02)
@@ -41,21 +60,19 @@ def test_lossy_settings_learn_as_well_on_a_small_model(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("given", [{}, *LOSSY])
+@pytest.mark.parametrize("given", LOSSY)
 def test_lossy_settings_learn_as_well_on_a_real_model(
-    given: dict[str, str], tmp_path: Path
+    given: dict[str, str],
+    real_curve: list[float],
+    real_material: tuple[Path, Path],
+    tmp_path: Path,
 ) -> None:
-    """Of the loss that 200 updates take away, no more than 3% is lost; batches alone give 1%."""
-    paths = (
-        asset("models/stories260K/hf-llama"), asset("data/wizard_of_oz/wizard_of_oz.txt")
-    )  # fmt: skip
-    settings = {"iters": 200, "batch_size": 4, "max_seq_length": 64, "learning_rate": 3e-3}
-    whole = curve(*paths, tmp_path / "whole", **settings)
-    lossy = curve(*paths, tmp_path / "lossy", **settings, **given)
-    assert (lossy == whole) == (not given)
+    """Of the loss that 200 updates take away, no more than 0.5% is lost or won."""
+    whole, lossy = real_curve, curve(*real_material, tmp_path / "lossy", **REAL, **given)
     learned = mean(whole[:10]) - mean(whole[-50:])
     assert learned > 0.3
-    assert abs(mean(lossy[-50:]) - mean(whole[-50:])) < 0.03 * learned
+    assert lossy != whole
+    assert abs(mean(lossy[-50:]) - mean(whole[-50:])) < 0.005 * learned
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import os
 
 from lowtide.cores import spin_count
+from lowtide.memory.heap import fix_thresholds
 
 # Read by the OpenMP runtime when torch loads it: threads spin for a while, then sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -11,6 +12,8 @@ if "GOMP_SPINCOUNT" not in os.environ:
 # Read by MKL: packing buffers of products go back to malloc instead of being kept per thread and
 # per kind of product, 1 to 7 MB that nobody else could use.
 os.environ.setdefault("MKL_DISABLE_FAST_MM", "1")
+
+fix_thresholds()
 
 from lowtide.infer.generate import generate, logits
 from lowtide.memory.measure import mark_import

@@ -213,7 +213,7 @@ def _intermediates(work: Workload, backward: bool) -> int:
     dropout = 0
     if work.config.lora_dropout:  # the input as masked; down's comes in tiles, which are narrower
         masked = tokens * max(min(spec.linear_shape(name)[1], wide) for name in targets)
-        dropout = 5 * masked // 2  # one copy, and holes of its size in malloc's heap
+        dropout = masked
     return rotary + statistics + max(attention, adapters) + dropout
 
 

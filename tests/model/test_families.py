@@ -166,7 +166,7 @@ def test_transformers_own_defaults_are_ours() -> None:
         assert spec.rms_norm_eps == known.rms_norm_eps
         assert spec.max_positions == known.max_position_embeddings
         assert spec.tied_head == known.tie_word_embeddings
-        assert spec.rope.theta == known.rope_parameters["rope_theta"]
+        assert spec.ropes[0].theta == known.rope_parameters["rope_theta"]
         assert spec.head_dim == 10
         # What transformers writes today reads as the same model.
         assert spec_from_config(json.loads(known.to_json_string(use_diff=False))) == spec

@@ -11,7 +11,7 @@ from lowtide.data.tokenizer import Tokenizer
 from lowtide.data.turns import template_traits
 from lowtide.errors import LowtideError, LowtideWarning
 from lowtide.model.decoder import Decoder
-from lowtide.model.spec import ModelSpec
+from lowtide.model.spec import ModelSpec, RopeSpec
 from lowtide.train.run import open_model
 from lowtide.train.settings import ModelSettings
 from lowtide.weights.checkpoint import dtype_name
@@ -38,7 +38,7 @@ def run(argv: Sequence[str]) -> int:
                    f"{spec.intermediate_size}"),
         ("attention", f"{spec.num_heads} heads of {spec.head_dim}, {spec.num_kv_heads} key/value "
                       f"heads{_biases(spec)}"),
-        ("rope", _rope(spec)),
+        ("rope", ", ".join(map(_rope, spec.ropes))),
         ("vocabulary", f"{spec.vocab_size:,}, head {'tied' if spec.tied_head else 'untied'}"),
         ("positions", f"{spec.max_positions:,}"),
         ("computes in", model.dtype_reason),
@@ -70,8 +70,7 @@ def _biases(spec: ModelSpec) -> str:
     return f", biases on {', '.join(names)}" if names else ""
 
 
-def _rope(spec: ModelSpec) -> str:
-    rope = spec.rope
+def _rope(rope: RopeSpec) -> str:
     text = f"{rope.kind}, theta {rope.theta:,g}"
     return text if rope.kind == "default" else f"{text}, factor {rope.factor:g}"
 

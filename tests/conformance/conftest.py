@@ -16,9 +16,20 @@ CASES = [(name, place) for name, family in ALL.items() for place in range(len(fa
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests that take a `case` or a `family` are run on each."""
+    """Tests that take a `case` or a `family` are run on each.
+
+    What loads transformers' models is quick on the first example of each, and slow on the others.
+    """
     if "case" in metafunc.fixturenames:
-        metafunc.parametrize("case", CASES, ids=[f"{name}-{place}" for name, place in CASES])
+        slow = "measured" in metafunc.fixturenames
+        metafunc.parametrize(
+            "case",
+            [
+                pytest.param(case, marks=[pytest.mark.slow] if slow and case[1] else [])
+                for case in CASES
+            ],
+            ids=[f"{name}-{place}" for name, place in CASES],
+        )
     if "family" in metafunc.fixturenames:
         metafunc.parametrize("family", sorted(ALL))
 

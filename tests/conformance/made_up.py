@@ -39,6 +39,7 @@ def wombat_spec(raw: Mapping[str, Any]) -> ModelSpec:
         embedding_scale=reader.number("embedding_multiplier", 1.0),
         residual_scale=reader.number("residual_multiplier", 1.0),
         attention_scale=reader.number("attention_multiplier", 1.0),
+        logit_scale=1.0 / reader.number("logits_scaling", 1.0),
     )
 
 

@@ -57,7 +57,7 @@ class _WithH(Adapter):
     """An adapter whose linears keep their h in a store."""
 
     def __init__(self, adapter: Adapter, store: StoredH, ready: bool) -> None:
-        super().__init__(adapter.config, adapter.parameters)
+        super().__init__(adapter.config, adapter.parameters, adapter.compute_dtype)
         self._store, self._ready = store, ready
 
     def lora(self, layer: int, linear: str, dropout_seed: int | None) -> Lora | None:

@@ -131,7 +131,7 @@ def decoder_spec(
         layers: what attention does in each block; None lets all see everything with table 0.
         tied: what a missing `tie_word_embeddings` means.
         eps: what a missing `rms_norm_eps` means.
-        parts: further fields of `ModelSpec`.
+        **parts: further fields of `ModelSpec`.
 
     Returns:
         The spec.

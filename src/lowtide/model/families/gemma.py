@@ -132,6 +132,12 @@ def gemma3_text_spec(raw: Mapping[str, Any]) -> ModelSpec:
 def gemma3_spec(raw: Mapping[str, Any]) -> ModelSpec:
     """A Gemma 3 that says `gemma3` and holds text only: its fields may lie in `text_config`.
 
+    Args:
+        raw: a parsed config.json.
+
+    Returns:
+        The spec of the text model.
+
     Raises:
         ModelError: it has a vision tower.
     """

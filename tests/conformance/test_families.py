@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -163,6 +164,24 @@ def test_a_field_that_nobody_knows_is_refused_by_name(family: str) -> None:
             spec_from_config(_with(config, hidden_size="wide"))
         with pytest.raises(ModelError, match=r"hidden_act = 'relu'|hidden_activation = 'relu'"):
             spec_from_config(_with(config, hidden_act="relu", hidden_activation="relu"))
+
+
+_ODD = (None, True, "many", -1, 0, 2.5, 1e30, [], ["a"], [{"a": 1}], {}, {"a": "b"}, float("nan"))
+
+
+def test_odd_values_are_read_or_refused(family: str) -> None:
+    """Every field of every example, with every odd value: a spec or a `ModelError`."""
+    for config in ALL[family].examples:
+        inner = config.get("text_config", config)
+        ropes = {"rope_parameters": None, "rope_scaling": None}
+        for name in {**inner, **ropes, "sliding_window": 0, "max_window_layers": 0}:
+            for value in _ODD:
+                with contextlib.suppress(ModelError):
+                    spec_from_config(_with(config, **{name: value}))
+        for field in ("rope_type", "factor", "rope_theta", "short_factor", "full_attention"):
+            for value in _ODD:
+                with contextlib.suppress(ModelError):
+                    spec_from_config(_with(config, rope_scaling={field: value}))
 
 
 def test_what_transformers_writes_reads_as_the_same_model(example: Example) -> None:

@@ -139,6 +139,12 @@ def decoder_spec(
     Raises:
         ModelError: lists every field that is missing, malformed or not supported.
     """
+    if not reader.has_read("layer_types"):
+        reader.refuse_unless(
+            "layer_types",
+            lambda v: v is None or (isinstance(v, list) and all(k == "full_attention" for k in v)),
+            "full_attention in every layer",
+        )
     if "activation" not in parts:
         reader.refuse_unless("hidden_act", lambda v: v in ("silu", "swish"), "silu")
     spec = ModelSpec(
@@ -174,7 +180,7 @@ def switched_windows(
     Returns:
         What each layer does.
     """
-    window = int(reader.optional("sliding_window", default))
+    window = reader.window(default)
     if not reader.flag("use_sliding_window", False):
         window = 0
     slides = reader.sliding(sizes.num_layers, lambda layer: bool(window) and usual(layer))

@@ -57,7 +57,7 @@ def _with_softcaps_and_windows(reader: ConfigReader, sizes: Sizes) -> dict[str, 
 
 def _windows(reader: ConfigReader, sizes: Sizes, pattern: int) -> list[int]:
     """The window of each layer; all slide but every `pattern`-th."""
-    window = int(reader.optional("sliding_window", 4096))
+    window = reader.window(4096)
     slides = reader.sliding(sizes.num_layers, lambda layer: (layer + 1) % pattern != 0)
     if any(slides) and not window:
         reader.problems.append("sliding_window is null, and some layers attend in a window")

@@ -16,7 +16,7 @@ def mistral_spec(raw: Mapping[str, Any]) -> ModelSpec:
     reader = ConfigReader(raw)
     reader.refuse_unless("layer_types", lambda v: v is None, "none: all layers are alike")
     sizes = read_sizes(reader, max_positions=131_072)
-    window = int(reader.optional("sliding_window", 4096))
+    window = reader.window(4096)
     return decoder_spec(
         reader,
         sizes,

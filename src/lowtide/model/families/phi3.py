@@ -26,7 +26,7 @@ def phi3_spec(raw: Mapping[str, Any]) -> ModelSpec:
         reader.refuse_unless(name, lambda v: v in (None, 1), "1")
     reader.know(["original_max_position_embeddings"])
     sizes = read_sizes(reader, max_positions=4096)
-    window = int(reader.optional("sliding_window"))
+    window = reader.window()
     return decoder_spec(
         reader,
         sizes,

@@ -16,7 +16,7 @@ def qwen2_spec(raw: Mapping[str, Any]) -> ModelSpec:
     reader = ConfigReader(raw)
     reader.refuse_set("use_mrope")
     sizes = read_sizes(reader, max_positions=32_768)
-    first = reader.get("max_window_layers", 28)
+    first = reader.count("max_window_layers", 28)
     return decoder_spec(
         reader,
         sizes,

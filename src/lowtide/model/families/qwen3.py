@@ -16,7 +16,7 @@ def qwen3_spec(raw: Mapping[str, Any]) -> ModelSpec:
     """Windows as in Qwen2; `attention_bias` puts a bias on q, k, v and o."""
     reader = ConfigReader(raw)
     sizes = read_sizes(reader, max_positions=32_768, head_dim=128)
-    first = reader.get("max_window_layers", 28)
+    first = reader.count("max_window_layers", 28)
     return decoder_spec(
         reader,
         sizes,

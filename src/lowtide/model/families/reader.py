@@ -82,6 +82,21 @@ class ConfigReader:
             return 0.0
         return self.number(name, default) if name in self.raw or default else 0.0
 
+    def window(self, default: int = 0) -> int:
+        """`sliding_window` in keys; null is 0, which is none, and a missing field the default."""
+        value = self.optional("sliding_window", default)
+        if value != int(value):
+            self.problems.append(f"sliding_window = {value!r} (expected an integer)")
+        return int(value)
+
+    def count(self, name: str, default: int) -> int:
+        """A whole number from 0."""
+        value = self.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            self.problems.append(f"{name} = {value!r} (expected an integer from 0)")
+            return default
+        return value
+
     def flag(self, name: str, default: bool) -> bool:
         """A boolean."""
         value = self.get(name, default)
@@ -104,7 +119,7 @@ class ConfigReader:
         """A list of `count` positive numbers."""
         value = self.get(name)
         good = isinstance(value, list) and all(
-            isinstance(one, int | float) and one > 0 for one in value
+            isinstance(one, int | float) and 0 < one < 1e18 for one in value
         )
         if value is not None and good and len(value) == count:
             return tuple(float(one) for one in value)
@@ -129,7 +144,10 @@ class ConfigReader:
         if kinds is None:
             return [usual(layer) for layer in range(count)]
         names = {"full_attention": False, "sliding_attention": True}
-        if not isinstance(kinds, list) or len(kinds) != count or not set(kinds) <= set(names):
+        known = isinstance(kinds, list) and all(
+            isinstance(kind, str) and kind in names for kind in kinds
+        )
+        if not known or len(kinds) != count:
             self.problems.append(
                 f"layer_types = {kinds!r} (expected one of {', '.join(names)} for each of "
                 f"{count} layers)"
@@ -163,6 +181,9 @@ class ConfigReader:
         Returns:
             The table's settings; problems are recorded.
         """
+        if not isinstance(settings, Mapping):
+            self.problems.append(f"rotary settings are {settings!r} (expected an object)")
+            settings = {}
         inner = ConfigReader({name: v for name, v in settings.items() if v is not None})
         name = inner.get("rope_type") or inner.get("type") or "default"
         inner.get("type")
@@ -214,6 +235,10 @@ class ConfigReader:
     def know(self, names: Iterable[str]) -> None:
         """Fields that the family has looked at itself."""
         self._known.update(names)
+
+    def has_read(self, name: str) -> bool:
+        """Whether somebody has looked at the field."""
+        return name in self._known
 
 
 def _scaling(

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import made_up
 import pytest
+from made_up import ALL
 
 from lowtide.check.conformance import Errors, Example, measure
 from lowtide.model.families import FAMILIES
 
-ALL = {**FAMILIES, made_up.NAME: made_up.FAMILY}
 CASES = [(name, place) for name, family in ALL.items() for place in range(len(family.examples))]
 
 

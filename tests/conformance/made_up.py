@@ -12,6 +12,7 @@ from typing import Any
 import transformers
 from transformers.models.granite.modeling_granite import GraniteForCausalLM
 
+from lowtide.model.families import FAMILIES
 from lowtide.model.families.common import (
     GELU_TANH,
     Family,
@@ -59,6 +60,8 @@ FAMILY = Family(
         ),
     ),
 )
+ALL = {**FAMILIES, NAME: FAMILY}
+"""The registry with it in its place."""
 
 
 class WombatConfig(transformers.GraniteConfig):

@@ -13,7 +13,7 @@ from typing import Any
 import made_up
 import pytest
 import torch
-from conftest import ALL
+from made_up import ALL
 
 import lowtide as lt
 from lowtide.check.conformance import (

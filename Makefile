@@ -5,7 +5,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all docs lint types setup setup-dev demo-model clean
+.PHONY: demo test test-all docs families lint types setup setup-dev demo-model clean
 
 setup: $(VENV)/.ready
 setup-dev: $(VENV)/.ready-dev
@@ -32,6 +32,9 @@ test-all: setup-dev
 
 docs: setup-dev
 	$(BIN)/python -m pytest -m docs
+
+families: setup-dev
+	$(BIN)/python -m lowtide.check.families --out docs/families.md
 
 lint: setup-dev
 	$(BIN)/ruff check src tests

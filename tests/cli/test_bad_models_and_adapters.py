@@ -88,7 +88,7 @@ def test_a_config_that_is_not_one(copy: Path, content: str, part: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        ({"model_type": "mamba"}, ["model_type 'mamba' is not supported", "llama, qwen2"]),
+        ({"model_type": "mamba"}, ["model_type 'mamba' is not supported", "llama, mistral, olmo2"]),
         ({"model_type": None}, ["model_type None is not supported"]),
         ({"model_type": ["llama"]}, ["model_type ['llama'] is not supported"]),
         ({"hidden_act": "gelu"}, ["hidden_act = 'gelu' (supported: silu)"]),
@@ -108,12 +108,12 @@ def test_a_config_that_is_not_one(copy: Path, content: str, part: str) -> None:
         ({"quantization_config": {"bits": 4}}, ["quantization_config", "give unquantised weights"]),
         ({"tie_word_embeddings": "yes"}, ["tie_word_embeddings = 'yes' (expected true or false)"]),
         (
-            {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1},
-            ["use_sliding_window = True"],
+            {"model_type": "qwen2", "use_mrope": True, "sliding_window": 2.5},
+            ["use_mrope = True", "sliding_window = 2.5"],
         ),
         (
             {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": "all"},
-            ["use_sliding_window = True"],
+            ["max_window_layers = 'all' (expected an integer from 0)"],
         ),
         (
             {"hidden_act": "gelu", "attention_dropout": 0.1, "attention_bias": 1},

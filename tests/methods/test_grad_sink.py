@@ -17,7 +17,7 @@ from lowtide.errors import ConfigError, DataError, TrainingError
 from lowtide.methods import Step, get_method
 from lowtide.methods.mesp import Mesp
 from lowtide.model.decoder import Decoder
-from lowtide.model.spec import LINEARS
+from lowtide.model.spec import SEPARATE
 from lowtide.model.workspace import Workspace
 from lowtide.weights.matrix import MappedMatrix
 
@@ -166,7 +166,7 @@ def test_each_weight_is_read_no_more_often_than_the_method_needs(
 
     assert reads["head"] == sizes["head"], "one sweep gives the loss and its gradient"
     last = len(model.linears) - 1
-    for name in LINEARS:
+    for name, _ in SEPARATE:
         times = {layer: reads[f"{layer}.{name}"] / sizes[f"{layer}.{name}"] for layer in (0, last)}
         if name.startswith("mlp."):
             # Forward, and one widened tile for the recompute and the input gradient together. Of

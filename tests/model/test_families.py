@@ -40,6 +40,8 @@ def _refusal(config: dict[str, Any]) -> str:
         ("Llama-3.2-1B", 1_235_814_400),
         ("Llama-3.2-1B-Instruct", 1_235_814_400),
         ("SmolLM2-135M", 134_515_008),
+        ("Qwen3-0.6B", 596_049_920),
+        ("gemma-3-1b-it", 999_885_952),
     ],
 )
 def test_real_models_have_their_published_number_of_parameters(name: str, parameters: int) -> None:
@@ -47,12 +49,20 @@ def test_real_models_have_their_published_number_of_parameters(name: str, parame
     assert spec_from_config(config).n_parameters == parameters
 
 
-@pytest.mark.parametrize(
-    ("name", "model_type"), [("Qwen3-0.6B", "qwen3"), ("gemma-3-1b-it", "gemma3_text")]
-)
-def test_other_families_are_refused_by_name(name: str, model_type: str) -> None:
-    message = _refusal(json.loads(asset(f"configs/{name}/config.json").read_text()))
-    assert f"model_type '{model_type}' is not supported; lowtide knows llama, qwen2" in message
+def test_real_windows_and_bases() -> None:
+    spec = spec_from_config(json.loads(asset("configs/gemma-3-1b-it/config.json").read_text()))
+    windows = [layer.window for layer in spec.layers]
+    assert windows == ([512] * 5 + [0]) * 4 + [512] * 2
+    assert {spec.ropes[layer.rope or 0].theta for layer in spec.layers if layer.window} == {1e4}
+    assert spec.ropes[0].theta == 1e6
+    assert spec.tied_head
+
+
+@pytest.mark.parametrize(("first", "sliding"), [(28, 0), (2, 1), (0, 3)])
+def test_windows_where_they_are_switched_on(first: int, sliding: int) -> None:
+    on = {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": first}
+    spec = spec_from_config({**QWEN2, **on})
+    assert [layer.window for layer in spec.layers] == [0] * (3 - sliding) + [128] * sliding
 
 
 @pytest.mark.parametrize("model_type", [None, 7, "", "bert"])
@@ -65,14 +75,14 @@ def test_a_model_type_that_is_none(model_type: object) -> None:
 @pytest.mark.parametrize(
     ("base", "change", "problem"),
     [
-        (QWEN2, {"use_sliding_window": True, "max_window_layers": 2}, "use_sliding_window = True"),
-        (QWEN2, {"use_sliding_window": True, "max_window_layers": 0}, "use_sliding_window = True"),
-        (
-            {**QWEN2, "num_hidden_layers": 29},
-            {"use_sliding_window": True},
-            "use_sliding_window = True",
-        ),
+        (QWEN2, {"use_sliding_window": "yes"}, "use_sliding_window = 'yes'"),
         (QWEN2, {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = "),
+        (QWEN2, {"layer_types": ["chunked_attention"] * 3}, "layer_types = "),
+        (
+            QWEN2,
+            {"layer_types": ["full_attention"] * 2 + ["sliding_attention"]},
+            "layer_types has sliding_attention, and there is no window",
+        ),
         (QWEN2, {"use_mrope": True}, "use_mrope = True"),
         (LLAMA, {"sliding_window": 128}, "sliding_window = 128"),
         (LLAMA, {"hidden_act": "gelu"}, "hidden_act = 'gelu' (supported: silu)"),
@@ -80,13 +90,14 @@ def test_a_model_type_that_is_none(model_type: object) -> None:
         (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
         (LLAMA, {"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4}"),
         (LLAMA, {"rope_interleaved": True}, "rope_interleaved = True"),
+        (LLAMA, {"rope_scaling": {"rope_type": ["linear"]}}, "rope type ['linear']"),
         (LLAMA, {"num_local_experts": 8}, "num_local_experts = 8 is not a field"),
         (LLAMA, {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
         (LLAMA, {"residual_multiplier": 0.2}, "residual_multiplier = 0.2"),
         (LLAMA, {"attention_bias": "yes"}, "attention_bias = 'yes' (expected true or false)"),
         (LLAMA, {"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope type 'yarn'"),
         (LLAMA, {"rope_scaling": {"type": "dynamic", "factor": 4}}, "rope type 'dynamic'"),
-        (LLAMA, {"rope_parameters": {"rope_type": "longrope"}}, "rope type 'longrope'"),
+        (LLAMA, {"rope_parameters": {"rope_type": "longrope"}}, "short_factor: None (expected 5"),
         (LLAMA, {"rope_scaling": "linear"}, "rope_scaling = 'linear'"),
         (LLAMA, {"rope_scaling": {"type": "linear"}}, "factor is missing"),
         (
@@ -166,7 +177,7 @@ def test_transformers_own_defaults_are_ours() -> None:
         assert spec.rms_norm_eps == known.rms_norm_eps
         assert spec.max_positions == known.max_position_embeddings
         assert spec.tied_head == known.tie_word_embeddings
-        assert spec.rope.theta == known.rope_parameters["rope_theta"]
+        assert spec.ropes[0].theta == known.rope_parameters["rope_theta"]
         assert spec.head_dim == 10
         # What transformers writes today reads as the same model.
         assert spec_from_config(json.loads(known.to_json_string(use_diff=False))) == spec

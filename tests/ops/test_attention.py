@@ -11,6 +11,7 @@ from torch import Tensor
 from lowtide.ops.attention import (
     Heads,
     Segment,
+    _tiles,
     attention_backward,
     attention_forward,
     is_fused,
@@ -22,18 +23,37 @@ from lowtide.ops.attention import (
 
 TOLERANCE = 1e-12  # float64 sums of a few hundred terms round at 1e-14
 HEADS = [Heads(5, 1, 6), Heads(6, 2, 10), Heads(3, 3, 22), Heads(1, 1, 2)]
+# Scores are of order 1, so caps of this size bend them; windows of one key, of a few, of a number
+# that tiles do not divide, and of more than there are.
+VARIANTS = [
+    Heads(5, 1, 6, window=1),
+    Heads(6, 2, 10, window=7),
+    Heads(3, 3, 22, window=100),
+    Heads(6, 2, 10, window=1000),
+    Heads(5, 1, 6, scale=0.7),
+    Heads(3, 3, 22, softcap=0.8),
+    Heads(6, 2, 10, scale=1.3, softcap=1.5, window=11),
+]
 LENGTHS = [[1], [5], [1, 1, 1], [1, 5, 1, 37, 2], [123]]
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, heads: Heads, lengths: list[int]) -> Tensor:
-    """The same function through scaled_dot_product_attention."""
+    """The same function through scaled_dot_product_attention, or, with a softcap, by formula."""
     outputs = []
     for parts in zip(*(t.split(lengths) for t in (q, k, v)), strict=True):
         per_head = [t.view(len(t), -1, heads.dim).transpose(0, 1).unsqueeze(0) for t in parts]
         q_i, k_i, v_i = (
             t if i == 0 else t.repeat_interleave(heads.group, 1) for i, t in enumerate(per_head)
         )
-        o = F.scaled_dot_product_attention(q_i, k_i, v_i, is_causal=True)
+        place = torch.arange(len(parts[0]))
+        apart = place.unsqueeze(1) - place
+        seen = (apart >= 0) & (apart < (heads.window or len(place)))
+        if heads.softcap:
+            scores = q_i @ k_i.transpose(2, 3) * heads.factor
+            scores = heads.softcap * torch.tanh(scores / heads.softcap)
+            o = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v_i
+        else:
+            o = F.scaled_dot_product_attention(q_i, k_i, v_i, seen, scale=heads.factor)
         outputs.append(o[0].transpose(0, 1).reshape(len(parts[0]), -1))
     return torch.cat(outputs)
 
@@ -62,6 +82,8 @@ def _ours(
     segments = self_segments(lengths)
     before = [t.clone() for t in (q, k, v, do)]
     out = torch.full_like(q, torch.nan)
+    if capacity is None and not heads.is_plain(max(lengths)):
+        capacity = score_elements(max(lengths), heads.group)
     scores = [torch.full((capacity or 0,), torch.nan, dtype=q.dtype) for _ in range(2)]
     forward, backward = (
         (attention_forward, attention_backward)
@@ -85,7 +107,7 @@ def _capacities(heads: Heads, lengths: list[int]) -> list[int | None]:
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("heads", [*HEADS, *VARIANTS], ids=str)
 def test_matches_autograd_in_float64_at_every_tiling(heads: Heads, lengths: list[int]) -> None:
     q, k, v, do = _inputs(heads, sum(lengths))
     leaves = [t.clone().requires_grad_() for t in (q, k, v)]
@@ -101,7 +123,8 @@ def test_matches_autograd_in_float64_at_every_tiling(heads: Heads, lengths: list
             assert error < TOLERANCE, f"d{name} at capacity {capacity}: {error:.2e}"
 
 
-@pytest.mark.parametrize("heads", HEADS, ids=str)
+# Without the window of one key, whose dq is the rounding of nothing.
+@pytest.mark.parametrize("heads", [*HEADS, *VARIANTS[1:]], ids=str)
 @pytest.mark.parametrize("capacity", [score_elements(64), None])
 def test_float32_is_as_close_as_the_plain_formula(heads: Heads, capacity: int | None) -> None:
     lengths = [1, 5, 1, 64, 2]
@@ -118,8 +141,8 @@ def test_float32_is_as_close_as_the_plain_formula(heads: Heads, capacity: int | 
         assert_noise_floor(mine, naive, truth, float(truth.abs().max()) * heads.dim**0.5)
 
 
-def test_earlier_keys_from_a_cache() -> None:
-    heads = Heads(6, 2, 10)
+@pytest.mark.parametrize("heads", [Heads(6, 2, 10), *VARIANTS[1:3], VARIANTS[-1]], ids=str)
+def test_earlier_keys_from_a_cache(heads: Heads) -> None:
     q, k, v, _ = _inputs(heads, 11)
     whole = _plain(q, k, v, heads, [11])
     for first in (0, 3, 10):
@@ -165,9 +188,13 @@ def test_how_many_heads_go_together_changes_no_bit(heads: Heads) -> None:
 
 def test_sequences_go_to_the_fused_kernel_and_cached_keys_do_not() -> None:
     q = torch.zeros(3, 4)
-    assert is_fused(q, self_segments([1, 2]))
-    assert not is_fused(q, [Segment(0, 3, 0, 5)])
-    assert not is_fused(q.to("meta"), self_segments([3]))
+    heads = Heads(2, 1, 2)
+    assert is_fused(q, self_segments([1, 2]), heads)
+    assert not is_fused(q, [Segment(0, 3, 0, 5)], heads)
+    assert not is_fused(q.to("meta"), self_segments([3]), heads)
+    assert not is_fused(q, self_segments([3]), heads._replace(softcap=9.0))
+    assert not is_fused(q, self_segments([1, 2]), heads._replace(window=1))
+    assert is_fused(q, self_segments([1, 2]), heads._replace(window=2, scale=3.0))
 
 
 def test_a_row_of_any_group_of_heads_fits_the_score_buffer() -> None:
@@ -180,3 +207,13 @@ def test_a_row_of_any_group_of_heads_fits_the_score_buffer() -> None:
     segments = [Segment(keys - 1, keys, 0, keys)]
     attention_forward(q, k, v, heads, segments, out=out, score=score)
     assert out[-1].eq(1).all()
+
+
+def test_keys_outside_the_window_are_not_multiplied() -> None:
+    """Products grow with T times the window, not with T^2."""
+    heads, tokens = Heads(2, 1, 4, window=32), 2048
+    tiles = list(_tiles(self_segments([tokens]), heads, score_elements(heads.reach(tokens), 2)))
+    pairs = sum((t.q1 - t.q0) * (t.k1 - t.k0) for t in tiles)
+    assert sum(t.q1 - t.q0 for t in tiles) == tokens
+    assert max(t.k1 - t.k0 for t in tiles) <= heads.reach(tokens) == 96
+    assert pairs <= 96 * tokens

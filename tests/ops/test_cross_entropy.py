@@ -25,7 +25,14 @@ def _labels(tokens: int) -> Tensor:
 
 
 def _ours(
-    n: Tensor, head: Tensor, labels: Tensor, *, tile: int, logits: int, gradient: bool = True
+    n: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    *,
+    tile: int,
+    logits: int,
+    gradient: bool = True,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor | None]:
     """Losses and dn with room for `tile` head rows and `logits` columns; buffers start as NaN."""
     before = n.clone()
@@ -36,15 +43,19 @@ def _ours(
     dn = torch.full_like(n, torch.nan) if gradient else None
     rows = torch.full_like(n, torch.nan)
     losses = cross_entropy(
-        n, frozen(head, n.dtype), labels, label_rows=rows, dn=dn, buffers=buffers
-    )
+        n, frozen(head, n.dtype), labels,
+        label_rows=rows, dn=dn, buffers=buffers, softcap=softcap,
+    )  # fmt: skip
     assert n.equal(before)
     return losses, dn
 
 
-def _plain(n: Tensor, head: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _plain(n: Tensor, head: Tensor, labels: Tensor, softcap: float = 0.0) -> tuple[Tensor, Tensor]:
     leaf = n.clone().requires_grad_()
-    losses = F.cross_entropy(leaf @ head.to(n.dtype).t(), labels, reduction="none")
+    logits = leaf @ head.to(n.dtype).t()
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    losses = F.cross_entropy(logits, labels, reduction="none")
     return losses.detach(), torch.autograd.grad(losses.sum(), leaf)[0]
 
 
@@ -65,14 +76,29 @@ def test_matches_autograd_in_float64_at_every_tiling(
     assert only.equal(losses)
 
 
+@pytest.mark.parametrize(("tile", "logits"), [(1, 200), (200, 2), (7, 9), (200, 400)])
+@pytest.mark.parametrize("softcap", [0.5, 30.0])
+def test_a_softcap_matches_autograd_in_float64(softcap: float, tile: int, logits: int) -> None:
+    n, head, labels = randn(23, HIDDEN), randn(VOCAB, HIDDEN), _labels(23)
+    losses, dn = _ours(n, head, labels, tile=tile, logits=logits, softcap=softcap)
+    truth, gradient = _plain(n, head, labels, softcap)
+    assert dn is not None
+    assert relative(losses, truth) < TOLERANCE
+    assert relative(dn, gradient) < TOLERANCE
+    only, _ = _ours(n, head, labels, tile=tile, logits=logits, gradient=False, softcap=softcap)
+    assert relative(only, truth) < TOLERANCE
+    assert relative(_plain(n, head, labels)[0], truth) > 1e-3
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize("tile", [7, 200])
 @pytest.mark.parametrize("size", [0.01, 1.0, 10.0])
-def test_float32_is_as_close_as_the_plain_formula(size: float, tile: int) -> None:
+def test_float32_is_as_close_as_the_plain_formula(size: float, tile: int, softcap: float) -> None:
     n, head, labels = randn(123, HIDDEN).float() * size, randn(VOCAB, HIDDEN).float(), _labels(123)
-    losses, dn = _ours(n, head, labels, tile=tile, logits=tile)
+    losses, dn = _ours(n, head, labels, tile=tile, logits=2 * tile, softcap=softcap)
     assert dn is not None
-    naive, naive_dn = _plain(n, head, labels)
-    truth, truth_dn = _plain(n.double(), head.double(), labels)
+    naive, naive_dn = _plain(n, head, labels, softcap)
+    truth, truth_dn = _plain(n.double(), head.double(), labels, softcap)
     # A loss is a logarithm of a sum, at most log V above the largest logit, less a logit; dn is a
     # difference of rows of the head whose weights carry the logits' rounding.
     largest = float((n @ head.t()).abs().max())

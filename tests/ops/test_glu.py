@@ -24,6 +24,7 @@ def _mlp(
     bias: bool = False,
     stored: torch.dtype = torch.float64,
     dtype: torch.dtype = torch.float64,
+    activation: str = "silu",
 ) -> tuple[Glu, list[Tensor]]:
     """An MLP and its three whole weights in the compute dtype."""
     linears, weights = [], []
@@ -38,7 +39,7 @@ def _mlp(
         offset = randn(out, seed=10 * i + 3, dtype=dtype) if bias else None
         linears.append(Linear(frozen(weight, dtype), offset, lora))
         weights.append(weight.to(dtype))
-    return Glu(*linears), weights
+    return Glu(*linears, activation), weights
 
 
 def _plain(n: Tensor, mlp: Glu, weights: list[Tensor], matrices: list[Tensor]) -> Tensor:
@@ -46,19 +47,20 @@ def _plain(n: Tensor, mlp: Glu, weights: list[Tensor], matrices: list[Tensor]) -
     left = iter(matrices)
 
     def linear(i: int, x: Tensor) -> Tensor:
-        y = F.linear(x, weights[i], mlp[i].bias)
-        lora = mlp[i].lora
+        y = F.linear(x, weights[i], mlp[:3][i].bias)
+        lora = mlp[:3][i].lora
         if lora is None:
             return y
         a, b = next(left), next(left)
         return y + lora.scale * ((x * dropout_scale(x, lora.dropout, lora.seed)) @ a.t()) @ b.t()
 
     gate = linear(0, n)
-    return linear(2, F.silu(gate) * linear(1, n))
+    act = F.silu(gate) if mlp.activation == "silu" else F.gelu(gate, approximate="tanh")
+    return linear(2, act * linear(1, n))
 
 
 def _matrices(mlp: Glu) -> list[Tensor]:
-    return [m for linear in mlp if linear.lora is not None for m in linear.lora[:2]]
+    return [m for linear in mlp[:3] if linear.lora is not None for m in linear.lora[:2]]
 
 
 def _ours(
@@ -122,14 +124,15 @@ def test_matches_autograd_in_float64_at_every_width(
         assert relative(mine, theirs) < TOLERANCE
 
 
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 @pytest.mark.parametrize("width", [7, INNER])
-def test_float32_is_as_close_as_the_plain_formula(width: int) -> None:
+def test_float32_is_as_close_as_the_plain_formula(width: int, activation: str) -> None:
     n, dy = randn(123, HIDDEN).float(), randn(123, HIDDEN, seed=1).float()
-    mlp, _ = _mlp(8, "gate up down", 0.3, False, torch.bfloat16, torch.float32)
+    mlp, _ = _mlp(8, "gate up down", 0.3, False, torch.bfloat16, torch.float32, activation)
     y, dn, grads = _ours(n, dy, mlp, width, torch.zeros_like(n))
 
     def plain(dtype: torch.dtype) -> list[Tensor]:
-        wide, weights = _mlp(8, "gate up down", 0.3, False, torch.bfloat16, dtype)
+        wide, weights = _mlp(8, "gate up down", 0.3, False, torch.bfloat16, dtype, activation)
         leaves = [t.clone().to(dtype).requires_grad_() for t in (n, *_matrices(mlp))]
         out = _plain(leaves[0], wide, weights, leaves[1:])
         return [out.detach(), *torch.autograd.grad(out, leaves, dy.to(dtype))]
@@ -137,6 +140,18 @@ def test_float32_is_as_close_as_the_plain_formula(width: int) -> None:
     both = zip([y, dn, *grads], plain(torch.float32), plain(torch.float64), strict=True)
     for mine, naive, truth in both:
         assert_noise_floor(mine, naive, truth, float(truth.abs().max()))
+
+
+@pytest.mark.parametrize("width", [1, 7, INNER])
+def test_geglu_matches_autograd(width: int) -> None:
+    mlp, weights = _mlp(3, "gate up down", 0.3, True, activation="gelu_tanh")
+    n, dy, residual = (randn(5, HIDDEN, seed=i) for i in range(3))
+    y, dn, grads = _ours(n, dy, mlp, width, residual)
+    leaves = [t.clone().requires_grad_() for t in (n, *_matrices(mlp))]
+    truth = _plain(leaves[0], mlp, weights, leaves[1:])
+    assert relative(y, residual + truth) < TOLERANCE
+    for mine, theirs in zip([dn, *grads], torch.autograd.grad(truth, leaves, dy), strict=True):
+        assert relative(mine, theirs) < TOLERANCE
 
 
 def test_gates_of_ten_thousand_stay_finite() -> None:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers import assert_noise_floor, randn, relative
 
-from lowtide.ops.rmsnorm import rmsnorm_backward_, rmsnorm_forward
+from lowtide.ops.rmsnorm import rmsnorm_backward_, rmsnorm_forward, rmsnorm_gradient
 
 # Sums of at most a few hundred float64 terms: eps sqrt(n) is about 1e-14; 1e-12 leaves room for
 # cancellation and none for a wrong formula.
@@ -38,6 +38,22 @@ def test_matches_autograd_in_float64(shape: tuple[int, int], eps: float) -> None
     (gradient,) = torch.autograd.grad(truth, leaf, dy)
     assert relative(out, truth) < TOLERANCE
     assert relative(dx, residual + gradient) < TOLERANCE
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_gradient_alone_is_the_same_in_another_tensor_or_in_place(
+    shape: tuple[int, int],
+) -> None:
+    x, dy = (randn(*shape, seed=i) for i in range(2))
+    weight = 1 + 0.5 * randn(shape[1], seed=3)
+    _, dx = _ours(x, weight, 1e-6, dy, torch.zeros_like(x))
+    rstd = rmsnorm_forward(x, weight, 1e-6, out=torch.empty_like(x))
+    out, before = torch.full_like(x, torch.nan), dy.clone()
+    rmsnorm_gradient(dy, x, weight, rstd, out=out)
+    assert dy.equal(before)
+    assert relative(out, dx) < TOLERANCE
+    rmsnorm_gradient(dy, x, weight, rstd, out=dy)
+    assert dy.equal(out)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -41,6 +41,23 @@ def test_is_a_rotation_or_its_transpose(
     assert relative(ours, truth.reshape_as(x)) < 1e-14  # two products and a sum
 
 
+@pytest.mark.parametrize("inverse", [False, True])
+def test_the_rest_of_a_head_stays_and_a_factor_is_carried(inverse: bool) -> None:
+    """Tables of 6 of 10 columns, 1.5 times a rotation: the transpose is 1.5 times too."""
+    cos, sin = _tables(5, 6)
+    x = randn(5, 30)
+    ours = x.clone()
+    scratch = torch.full((5 * 3 * 3,), torch.nan).double()
+    rope_(ours, 1.5 * cos, 1.5 * sin, scratch, inverse, head_dim=10)
+    matrix = 1.5 * _rotation(cos, sin)
+    if inverse:
+        matrix = matrix.transpose(1, 2)
+    truth = x.view(5, 3, 10).clone()
+    truth[:, :, :6] = torch.einsum("tij,thj->thi", matrix, truth[:, :, :6])
+    assert relative(ours, truth.reshape_as(x)) < 1e-14
+    assert ours.view(5, 3, 10)[:, :, 6:].equal(x.view(5, 3, 10)[:, :, 6:])
+
+
 def test_inverse_undoes_the_forward() -> None:
     cos, sin = _tables(7, 10)
     x = randn(7, 30)

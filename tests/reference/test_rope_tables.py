@@ -20,7 +20,7 @@ def _both(config: dict[str, Any], positions: torch.Tensor) -> tuple[torch.Tensor
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
     spec = spec_from_config(config)
-    ours = rope_tables(spec.rope, spec.head_dim, positions, torch.float32)
+    ours = rope_tables(spec.ropes[0], spec.head_dim, positions, torch.float32)
     kinds: dict[str, tuple[Any, Any]] = {
         "llama": (LlamaConfig, LlamaRotaryEmbedding),
         "qwen2": (Qwen2Config, Qwen2RotaryEmbedding),
@@ -47,7 +47,7 @@ def test_llama3_has_three_kinds_of_frequency() -> None:
     config = json.loads(asset("configs/Llama-3.2-1B/config.json").read_text())
     spec = spec_from_config(config)
     plain = spec_from_config({**config, "rope_scaling": None})
-    ratio = inverse_frequencies(plain.rope, 64) / inverse_frequencies(spec.rope, 64)
+    ratio = inverse_frequencies(plain.ropes[0], 64) / inverse_frequencies(spec.ropes[0], 64)
     assert (ratio == 1).any()
     assert torch.isclose(ratio, torch.tensor(32.0)).any()
     assert ((ratio > 1.01) & (ratio < 31.9)).any()

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lowtide.errors import DataError, LowtideError, listed
-from lowtide.model.adapter import ALL_LINEAR, LoraConfig
-from lowtide.model.spec import LINEARS
+from lowtide.model.adapter import ALL_LINEAR
+from lowtide.model.spec import SEPARATE
 
 from .results import GROUPS, label, read_result
 
@@ -146,8 +146,9 @@ class Case:
         layers = num_layers(self)
         if layers is None or not self.seq_len or not self.rank:
             return None
-        targets = self.setting("target_modules") or ALL_LINEAR
-        linears = len(LoraConfig(target_modules=targets).linears() if targets else LINEARS)
+        targets = str(self.setting("target_modules") or ALL_LINEAR)
+        names = {name.strip() for name in targets.split(",")}
+        linears = len(SEPARATE if names == {ALL_LINEAR} else names)
         tokens = self.seq_len * int(self.setting("batch_size") or 1)
         size = _ELEMENT_BYTES.get(str(self.setting("compute_dtype") or "float32"), 4)
         factors = (linears, layers, tokens, self.rank, size)

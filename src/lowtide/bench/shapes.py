@@ -30,14 +30,7 @@ from lowtide.weights.checkpoint import SINGLE_FILE
 from lowtide.weights.writer import safetensors_header, tensor_bytes, write_atomically
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
-SHAPES = (
-    "qwen2.5-0.5b",
-    "qwen2.5-1.5b",
-    "qwen2.5-3b",
-    "llama-3.2-1b",
-    "qwen3-0.6b",
-    "smollm2-135m",
-)
+SHAPES = tuple(sorted(path.stem for path in CONFIGS.glob("*.json")))
 DEMO_MODEL = "bundled demo model"
 """What cases call the bundled model, whose path says nothing."""
 _DTYPE = torch.bfloat16

@@ -17,7 +17,7 @@ from lowtide.methods import MethodOptions
 from lowtide.model.adapter import Adapter
 from lowtide.model.batch import Batch
 from lowtide.model.decoder import Decoder
-from lowtide.model.spec import LINEARS, ModelSpec
+from lowtide.model.spec import ModelSpec
 from lowtide.weights.checkpoint import dtype_name
 
 _MARGIN_BYTES = 32_000_000
@@ -102,7 +102,7 @@ def autograd_bytes(model: Decoder, adapter: Adapter, batch: Batch, dtype: torch.
         Bytes: widened weights, every block's activations, one block's gradients, logits.
     """
     spec = model.spec
-    weights = spec.num_layers * spec.linear_parameters(*LINEARS)
+    weights = spec.num_layers * spec.linear_parameters()
     weights += spec.vocab_size * spec.hidden_size
     if model.stored_dtypes == [dtype_name(dtype)]:
         weights = 0  # they are the mapped file's
@@ -135,14 +135,18 @@ def mebp_bytes(model: Decoder, adapter: Adapter, batch: Batch, loss: str) -> int
 def _block_elements(spec: ModelSpec, adapter: Adapter, batch: Batch) -> int:
     """What autograd keeps of a block: counted from `model.reference`, all linears adapted."""
     tokens = sum(batch.lengths)
-    inputs = sum(spec.linear_shape(name)[1] for name in LINEARS)
+    inputs = sum(spec.linear_shape(name)[1] for name in spec.linears)
     per_token = 4 * spec.hidden_size + 4 * spec.q_width + 4 * spec.intermediate_size
-    per_token += len(LINEARS) * adapter.config.r + 4 * spec.head_dim
+    per_token += len(spec.linears) * adapter.config.r + 4 * spec.head_dim * len(spec.ropes)
+    # A norm keeps its input, what it is divided by and the quotient; a factor keeps nothing.
+    per_token += 3 * spec.raw_width
+    per_token += 3 * spec.hidden_size * sum(name is not None for name in spec.norms[1::2])
     if adapter.config.lora_dropout > 0:  # each linear's mask, and its input as masked
         per_token += 2 * inputs
     scores = sum(length * length for length in batch.lengths)
     # The causal mask's booleans, of a byte each, are less than another head's scores.
-    return tokens * per_token + (spec.num_heads + 1) * scores
+    matrices = spec.num_heads * (2 if spec.attention_softcap else 1) + 1
+    return tokens * per_token + matrices * scores
 
 
 def _block_gradients(spec: ModelSpec, batch: Batch) -> int:

@@ -27,6 +27,7 @@ from torch import Tensor
 from lowtide.methods import METHODS, MethodOptions, get_method, gradients
 from lowtide.model.adapter import Adapter, LoraConfig
 from lowtide.model.batch import Batch
+from lowtide.model.block import Norms
 from lowtide.model.decoder import Decoder
 from lowtide.weights.checkpoint import dtype_name
 
@@ -241,7 +242,10 @@ def shaken(model: Decoder, seed: int) -> Decoder:
 
     moved = copy.copy(model)
     moved.final_norm = shake(model.final_norm)
-    moved.norms = [(shake(before), shake(after)) for before, after in model.norms]
+    moved.norms = [
+        Norms(*(None if weight is None else shake(weight) for weight in norms))
+        for norms in model.norms
+    ]
     return moved
 
 

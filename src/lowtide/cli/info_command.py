@@ -11,12 +11,16 @@ from lowtide.data.tokenizer import Tokenizer
 from lowtide.data.turns import template_traits
 from lowtide.errors import LowtideError, LowtideWarning
 from lowtide.model.decoder import Decoder
-from lowtide.model.spec import ModelSpec
+from lowtide.model.words import in_words
+from lowtide.train.budget import PlanSettings, Question
 from lowtide.train.run import open_model
 from lowtide.train.settings import ModelSettings
 from lowtide.weights.checkpoint import dtype_name
 
 from .output import megabytes, settings_of
+
+_LENGTHS = (256, 1024, 4096)
+_SETTING = "mesp, LoRA on all linears with the usual settings"
 
 
 def run(argv: Sequence[str]) -> int:
@@ -29,20 +33,20 @@ def run(argv: Sequence[str]) -> int:
     model = open_model(settings)
     spec = model.spec
     chat, chat_document = _chat(model)
+    stored = model.checkpoint.bytes_by_storage(spec.tensor_shapes())
+    training = _training_bytes(settings, model)
     rows = [
         ("model", f"{model.directory} (model_type {spec.model_type})"),
         ("parameters", f"{spec.n_parameters:,}"),
         ("on disk", f"{megabytes(model.checkpoint.nbytes)} in {len(model.checkpoint.files)} "
-                    f"safetensors file(s), {', '.join(model.stored_dtypes)}"),
-        ("layers", f"{spec.num_layers} of hidden size {spec.hidden_size}, intermediate size "
-                   f"{spec.intermediate_size}"),
-        ("attention", f"{spec.num_heads} heads of {spec.head_dim}, {spec.num_kv_heads} key/value "
-                      f"heads{_biases(spec)}"),
-        ("rope", _rope(spec)),
-        ("vocabulary", f"{spec.vocab_size:,}, head {'tied' if spec.tied_head else 'untied'}"),
-        ("positions", f"{spec.max_positions:,}"),
+                    "safetensors file(s): "
+                    + ", ".join(f"{name} {megabytes(size)}" for name, size in stored.items())),
+        *in_words(spec),
         ("computes in", model.dtype_reason),
         ("chat", chat),
+        ("training", ", ".join(f"{megabytes(size)} at {length:,} tokens"
+                               for length, size in training.items())
+                     + f" ({_SETTING}; predicted, without weights)"),
     ]  # fmt: skip
     for name, text in rows:
         output.say(f"{name:<12} {text}")
@@ -60,20 +64,24 @@ def run(argv: Sequence[str]) -> int:
             "max_positions": spec.max_positions,
             "tied_head": spec.tied_head,
             "chat_template": chat_document,
+            "bytes_by_storage": stored,
+            "target_modules": list(spec.linears),
+            "described": dict(in_words(spec)),
+            "training_bytes": {str(length): size for length, size in training.items()},
         }
     )
     return 0
 
 
-def _biases(spec: ModelSpec) -> str:
-    names = sorted(name.split(".")[-1] for name in spec.biased)
-    return f", biases on {', '.join(names)}" if names else ""
-
-
-def _rope(spec: ModelSpec) -> str:
-    rope = spec.rope
-    text = f"{rope.kind}, theta {rope.theta:,g}"
-    return text if rope.kind == "default" else f"{text}, factor {rope.factor:g}"
+def _training_bytes(settings: ModelSettings, model: Decoder) -> dict[int, int]:
+    """The predicted peak of a training step by tokens of its one sequence."""
+    lengths = [n for n in _LENGTHS if n < model.spec.max_positions] or [model.spec.max_positions]
+    return {
+        length: Question(
+            PlanSettings(**{**asdict(settings), "max_seq_length": length}), model
+        ).plan().predicted_peak_bytes
+        for length in lengths
+    }  # fmt: skip
 
 
 def _chat(model: Decoder) -> tuple[str, dict[str, Any] | None]:

@@ -141,7 +141,7 @@ class _Bar:
 
 
 def _short(adapter: Adapter) -> list[str]:
-    return [linear.split(".")[-1] for linear in adapter.config.linears()]
+    return [module.split(".")[-1] for module in adapter.modules]
 
 
 def _summary(settings: TrainSettings, result: TrainResult, output: Output) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch import Tensor
 from lowtide.errors import AdapterError, ConfigError, OutputError, listed
 from lowtide.model.adapter import Adapter, LoraConfig, adapter_shapes
 from lowtide.model.decoder import Decoder
-from lowtide.model.spec import LINEARS
 from lowtide.weights.writer import write_atomically, write_safetensors
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -65,13 +64,14 @@ def save_adapter(adapter: Adapter, directory: Path, base_model: str | None = Non
         raise OutputError(
             f"{directory} cannot be made: {error.strerror}. Choose another directory."
         ) from error
-    text = json.dumps(adapter_config(adapter.config, base_model), indent=2) + "\n"
+    text = json.dumps(adapter_config(adapter, base_model), indent=2) + "\n"
     write_safetensors(directory / WEIGHTS_FILE, adapter.parameters)
     write_atomically(directory / CONFIG_FILE, [text.encode()])
 
 
-def adapter_config(config: LoraConfig, base_model: str | None) -> dict[str, Any]:
+def adapter_config(adapter: Adapter, base_model: str | None) -> dict[str, Any]:
     """The content of adapter_config.json."""
+    config = adapter.config
     layers = config.layers_to_transform
     return {
         "peft_type": "LORA",
@@ -80,7 +80,7 @@ def adapter_config(config: LoraConfig, base_model: str | None) -> dict[str, Any]
         "r": config.r,
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
-        "target_modules": [linear.split(".")[-1] for linear in config.linears()],
+        "target_modules": [module.split(".")[-1] for module in adapter.modules],
         "layers_to_transform": None if layers is None else list(layers),
         "bias": "none",
         "fan_in_fan_out": False,
@@ -108,7 +108,7 @@ def load_adapter(directory: Path, model: Decoder) -> Adapter:
     """
     raw = _read_config(directory)
     weights = _map_weights(directory / WEIGHTS_FILE)
-    config = _lora_config(directory, raw, weights)
+    config = _lora_config(directory, raw, weights, model.spec.linears)
     try:
         expected = adapter_shapes(model.spec, config)
     except ConfigError as error:
@@ -173,7 +173,10 @@ def _map_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _lora_config(
-    directory: Path, raw: Mapping[str, Any], weights: Mapping[str, Tensor]
+    directory: Path,
+    raw: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    linears: Sequence[str],
 ) -> LoraConfig:
     """Settings from adapter_config.json; which linears are adapted, from the tensors' names."""
     problems = []
@@ -192,7 +195,7 @@ def _lora_config(
     if not isinstance(names, list) or not names:
         matches = [match for name in weights if (match := _NAME.fullmatch(name))]
         found = {match[2] for match in matches}
-        names = [linear for linear in LINEARS if linear in found] or sorted(found)
+        names = [linear for linear in linears if linear in found] or sorted(found)
     try:
         layers = _layers(raw.get("layers_to_transform"))
         names, layers = _targets(names, layers)

@@ -47,6 +47,9 @@ class _Cache:
         self._v = torch.empty(capacity, width, dtype=dtype)
         self._used = 0
 
+    def clear(self) -> None:
+        self._used = 0
+
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         stop = self._used + len(k)
         self._k[self._used : stop] = k
@@ -70,9 +73,16 @@ class Generation:
         ]
         self._blocks = [model.block(i, adapter, None) for i in range(spec.num_layers)]
         self._position = 0
+        self._fed: list[int] = []
 
     def feed(self, ids: Sequence[int]) -> Tensor:
         """Append tokens; returns the logits `(V,)` after the last one."""
+        if self._model.changes_between(len(self._fed), len(self._fed) + len(ids)) and self._fed:
+            # Earlier keys were rotated for a shorter sequence: all are computed again.
+            self._position, ids, self._fed = 0, [*self._fed, *ids], []
+            for cache in self._caches:
+                cache.clear()
+        self._fed += ids
         x = self._rows[0, :0]
         for start in range(0, len(ids), _PREFILL_TOKENS):
             x = self._forward(torch.tensor(ids[start : start + _PREFILL_TOKENS]))
@@ -82,7 +92,9 @@ class Generation:
         count = len(ids)
         stop = self._position + count
         at = self._model.positions_at(
-            torch.arange(self._position, stop), [Segment(0, count, 0, stop)]
+            torch.arange(self._position, stop),
+            [Segment(0, count, 0, stop)],
+            torch.full((count,), len(self._fed)),
         )
         x, out = self._rows[0, :count], self._rows[1, :count]
         embed(self._model, ids, x)

@@ -8,6 +8,7 @@ of attention, the product library's packing buffers, pages that malloc keeps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,8 +20,8 @@ from lowtide.methods.options import MethodOptions
 from lowtide.model.adapter import LoraConfig
 from lowtide.model.kept import kept_elements
 from lowtide.model.spec import ModelSpec
-from lowtide.model.workspace import TILES, Workspace, mlp_tile_width
-from lowtide.ops.attention import Heads, allocated_elements, self_segments
+from lowtide.model.workspace import TILES, Workspace, mlp_tile_width, score_capacity
+from lowtide.ops.attention import allocated_elements, self_segments
 from lowtide.train.states import STATES, master_bytes, packing_bytes, state_bytes
 from lowtide.weights.storages import STORAGES
 
@@ -116,9 +117,9 @@ def predict(work: Workload, options: MethodOptions) -> Plan:
         "kept blocks": options.keep_blocks * kept_elements(spec) * tokens,
         "stored h": 0
         if options.recompute_h
-        else len(work.config.linears()) * layers * rank * tokens,
+        else len(work.config.linears(spec)) * layers * rank * tokens,
         "intermediates": _intermediates(work, backward),
-        "model": layers * (2 * spec.hidden_size + _biases(spec)) + spec.hidden_size,
+        "model": layers * (_vectors(spec) + _biases(spec)) + spec.hidden_size,
     }
     by_kind = {kind: count * size for kind, count in elements.items()}
     # A block's A and B are widened while it is computed, the next block's before they are freed.
@@ -139,7 +140,7 @@ def optimizer_bytes(work: Workload) -> int:
     """Bytes of the optimiser's state, and of the rest of a rounded adapter."""
     sizes = [
         work.config.r * width
-        for name in work.config.linears()
+        for name in work.config.linears(work.spec)
         for width in work.spec.linear_shape(name)
     ] * work.spec.num_layers
     moments = 1 if work.momentum and work.optimizer == "sgd" else _MOMENTS[work.optimizer]
@@ -157,7 +158,7 @@ def accumulated_bytes(work: Workload) -> int:
 
 def adapter_parameters(spec: ModelSpec, config: LoraConfig) -> int:
     """Parameters of an adapter on every block."""
-    return spec.num_layers * config.r * sum(sum(spec.linear_shape(n)) for n in config.linears())
+    return spec.num_layers * config.r * sum(sum(spec.linear_shape(n)) for n in config.linears(spec))
 
 
 def _row_count(work: Workload, options: MethodOptions) -> int:
@@ -191,6 +192,10 @@ def _unpacking_bytes(work: Workload, options: MethodOptions) -> int:
     return max(rows, storage.scratch_bytes(hidden, (0, width), inner, size))
 
 
+def _vectors(spec: ModelSpec) -> int:
+    return sum(math.prod(shape) for shape in spec.vector_shapes().values())
+
+
 def _biases(spec: ModelSpec) -> int:
     return sum(spec.linear_shape(name)[0] for name in spec.biased)
 
@@ -199,13 +204,15 @@ def _intermediates(work: Workload, backward: bool) -> int:
     """What is allocated and freed within a block, at its largest."""
     spec, tokens, rank = work.spec, work.tokens, work.config.r
     wide = max(spec.hidden_size, spec.q_width)
-    rotary = tokens * spec.head_dim
-    statistics = tokens * (2 * spec.num_heads + 3)
-    heads = Heads(spec.num_heads, spec.num_kv_heads, spec.head_dim)
-    attention = allocated_elements(
-        self_segments(work.lengths), heads, work.dtype, backward=backward
+    rotary = tokens * sum(rope.rotated or spec.head_dim for rope in spec.ropes)
+    norms = {None: 0, "head": spec.num_heads + spec.num_kv_heads, "full": 2}[spec.qk_norm]
+    statistics = tokens * (2 * spec.num_heads + 3 + norms)
+    segments, capacity = self_segments(work.lengths), score_capacity(spec, max(work.lengths))
+    attention = max(
+        allocated_elements(segments, heads, work.dtype, capacity, backward=backward)
+        for heads in spec.kinds_of_heads()
     )
-    targets = work.config.linears()
+    targets = work.config.linears(spec)
     if backward:
         adapters = rank * (_gradient_columns(spec, targets) + 6 * tokens)
     else:  # a block has a moved copy of its adapter, and a direction is drawn
@@ -220,10 +227,17 @@ def _intermediates(work: Workload, backward: bool) -> int:
 def _gradient_columns(spec: ModelSpec, targets: Sequence[str]) -> int:
     """Columns of A and B whose gradients live at one time: the MLP's, or one linear's."""
     inner, hidden = spec.intermediate_size, spec.hidden_size
-    mlp = [name for name in targets if name.startswith("mlp.")]
+    roles = [role for one in spec.projections if one.name in targets for role in one.roles]
+    mlp = [role for role in roles if role in ("gate", "up", "down")]
     # gate's and up's dB and down's dA grow over the tiles; then one is laid out for the sink.
     both = (len(mlp) + 1) * inner + hidden if mlp else 0
-    return max(both, *(sum(spec.linear_shape(name)) for name in targets))
+    # Those of a fused projection are held until its last role has come, and then joined.
+    fused = [
+        2 * spec.linear_shape(one.name)[0] + 2 * hidden
+        for one in spec.projections
+        if one.name in targets and len(one.roles) > 1
+    ]
+    return max(both, *fused, *(sum(spec.linear_shape(name)) for name in targets))
 
 
 def candidates(work: Workload, asked: MethodOptions) -> Iterator[Plan]:

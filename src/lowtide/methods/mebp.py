@@ -23,8 +23,15 @@ from lowtide.model.adapter import Adapter
 from lowtide.model.batch import IGNORED, Batch
 from lowtide.model.decoder import Decoder
 from lowtide.model.forward import embed, loss_backward_, loss_forward
-from lowtide.model.reference import Kernels, reference_block, reference_head
+from lowtide.model.reference import (
+    Kernels,
+    plain_attention,
+    reference_block,
+    reference_head,
+    visible,
+)
 from lowtide.model.workspace import Workspace
+from lowtide.ops.attention import Heads
 from lowtide.ops.frozen import matmul_, matmul_t_
 from lowtide.weights.matrix import StoredMatrix
 
@@ -51,9 +58,15 @@ class _FrozenProduct(torch.autograd.Function):
         return dx, None, None
 
 
-def _fused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> Tensor:
+    """torch's own; a softcap, which it does not know, needs the whole score matrix."""
+    if heads.softcap:
+        return plain_attention(q, k, v, heads)
+    seen = visible(q.shape[1], heads) if heads.window else None
     q, k, v = (t.unsqueeze(0) for t in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True).squeeze(0)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen, is_causal=seen is None, scale=heads.factor
+    ).squeeze(0)
 
 
 def lean_kernels(tile: Tensor) -> Kernels:

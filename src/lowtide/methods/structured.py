@@ -77,8 +77,8 @@ def structured_step(
     """
 
     def block_of(layer: int, *, backward: bool) -> Block:
-        block = model.block(layer, adapter, step.dropout_seed)
-        return block if stored_h is None else stored_h.on(block, layer, ready=backward)
+        own = adapter if stored_h is None else stored_h.on(adapter, ready=backward)
+        return model.block(layer, own, step.dropout_seed)
 
     num_layers = model.spec.num_layers
     kept = kept_inputs(layers)

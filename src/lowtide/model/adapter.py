@@ -6,6 +6,7 @@ Files are read and written by `lowtide.export.peft`.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 from lowtide.errors import ConfigError
 from lowtide.ops.lora_linear import Lora
 
-from .spec import LINEARS, ModelSpec
+from .spec import ModelSpec
 
 if TYPE_CHECKING:
     from .decoder import Decoder
@@ -64,8 +65,11 @@ class LoraConfig:
         """`lora_alpha / r`."""
         return self.lora_alpha / self.r
 
-    def linears(self) -> tuple[str, ...]:
-        """The targeted names out of LINEARS, in block order.
+    def linears(self, spec: ModelSpec) -> tuple[str, ...]:
+        """The targeted projections, in block order.
+
+        Args:
+            spec: the model, whose module names these are.
 
         Returns:
             At least one name.
@@ -77,19 +81,19 @@ class LoraConfig:
         if isinstance(names, str):
             names = [part.strip() for part in names.split(",") if part.strip()]
         if list(names) == [ALL_LINEAR]:
-            return LINEARS
-        known = {linear.split(".")[-1]: linear for linear in LINEARS}
-        known |= {linear: linear for linear in LINEARS}
+            return spec.linears
+        known = {linear.split(".")[-1]: linear for linear in spec.linears}
+        known |= {linear: linear for linear in spec.linears}
         unknown = [name for name in names if name not in known]
         if unknown or not names:
             reason = "the output head is frozen in this method" if "lm_head" in unknown else ""
             raise ConfigError(
                 f"target_modules {', '.join(map(repr, unknown)) or 'is empty'}: not a linear of "
                 f"this model{' (' + reason + ')' if reason else ''}. Choose {ALL_LINEAR!r} or "
-                f"names among {', '.join(linear.split('.')[-1] for linear in LINEARS)}."
+                f"names among {', '.join(linear.split('.')[-1] for linear in spec.linears)}."
             )
         chosen = {known[name] for name in names}
-        return tuple(linear for linear in LINEARS if linear in chosen)
+        return tuple(linear for linear in spec.linears if linear in chosen)
 
 
 def parameter_name(layer: int, linear: str, part: str) -> str:
@@ -191,6 +195,12 @@ class Adapter:
         save_adapter(self, Path(directory), base_model)
 
     @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of the adapted projections, in block order."""
+        found = [name.removeprefix(_PREFIX).split(".", 1)[1] for name in self.parameters]
+        return tuple(dict.fromkeys(name.split(".lora_")[0] for name in found))
+
+    @property
     def n_parameters(self) -> int:
         """Trainable parameters."""
         return sum(p.numel() for p in self.parameters.values())
@@ -200,7 +210,7 @@ class Adapter:
 
         Args:
             layer: 0-based block.
-            linear: name out of LINEARS.
+            linear: name of a projection.
             dropout_seed: of this micro-batch; None turns dropout off.
 
         Returns:
@@ -214,7 +224,8 @@ class Adapter:
         a, b = a.to(self.compute_dtype), b.to(self.compute_dtype)
         if dropout_seed is None or self.config.lora_dropout == 0.0:
             return Lora(a, b, self.config.scale)
-        own = (dropout_seed * 1_000_003 + layer * len(LINEARS) + LINEARS.index(linear)) * 0x9E3779B1
+        place = layer * 1009 + zlib.crc32(linear.encode())
+        own = (dropout_seed * 1_000_003 + place) * 0x9E3779B1
         return Lora(a, b, self.config.scale, self.config.lora_dropout, own & (1 << 62) - 1)
 
     def of_layer(self, layer: int) -> dict[str, Tensor]:
@@ -255,7 +266,7 @@ def adapter_shapes(spec: ModelSpec, config: LoraConfig) -> dict[str, tuple[int, 
             f"{spec.num_layers - 1}."
         )
     for layer in range(spec.num_layers) if layers is None else sorted(set(layers)):
-        for linear in config.linears():
+        for linear in config.linears(spec):
             rows, cols = spec.linear_shape(linear)
             shapes[parameter_name(layer, linear, "A")] = (config.r, cols)
             shapes[parameter_name(layer, linear, "B")] = (rows, config.r)

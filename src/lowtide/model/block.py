@@ -1,10 +1,13 @@
-"""The only block: RMSNorm, rotary GQA attention, RMSNorm, SwiGLU; forward and backward by hand.
+"""The only block: attention and a gated MLP, each between norms; forward and backward by hand.
 
-The forward keeps nothing: the caller keeps the block's input. The backward recomputes q, k, v, the
-attention output, the middle residual and the MLP's tiles from that input, walks them in reverse and
-hands each adapter gradient out as soon as its A and B are not needed any more. What is never
-recomputed because nothing needs it: the down projection's product, and, in the first block, the
-gradient of the input (embeddings are frozen).
+    mid = x + s post_a(Attention(pre_a(x)) Wo^T)      y = mid + s post_m(MLP(pre_m(mid)))
+
+Each norm may be there or not, and s is 1 for most models. The forward keeps nothing: the caller
+keeps the block's input. The backward recomputes q, k, v, the attention output, the middle residual
+and the MLP's tiles from that input, walks them in reverse and hands each adapter gradient out as
+soon as its A and B are not needed any more. What is never recomputed because nothing needs it: the
+down projection's product, unless a norm follows it, and, in the first block, the gradient of the
+input (embeddings are frozen).
 """
 
 from __future__ import annotations
@@ -17,33 +20,61 @@ from torch import Tensor
 
 from lowtide.ops.attention import Heads, Segment, attention_backward, attention_forward
 from lowtide.ops.glu import Columns, Glu, glu_backward, glu_forward
-from lowtide.ops.lora_linear import Emit, Linear, linear_backward, linear_forward
-from lowtide.ops.rmsnorm import rmsnorm_backward_, rmsnorm_forward
+from lowtide.ops.lora_linear import Linear, linear_backward, linear_forward
+from lowtide.ops.rmsnorm import rmsnorm_backward_, rmsnorm_forward, rmsnorm_gradient
 from lowtide.ops.rope import rope_
 
+from .projections import Gradients, with_one_h
+from .spec import Projection
 from .workspace import Workspace
 
 
-class Block(NamedTuple):
-    """Weights of one block and this step's adapters on them."""
+class Norms(NamedTuple):
+    """Weights of a block's norms `(H,)`, and of those on q and k; None where there is none."""
 
-    input_norm: Tensor
-    mlp_norm: Tensor
+    before_attention: Tensor | None
+    after_attention: Tensor | None
+    before_mlp: Tensor | None
+    after_mlp: Tensor | None
+    q: Tensor | None
+    k: Tensor | None
+
+
+class Block(NamedTuple):
+    """Weights of one block, this step's adapters on them, and what its attention does.
+
+    Attributes:
+        norms: weights of the norms.
+        q: projection of the queries.
+        k: of the keys.
+        v: of the values.
+        o: of the attention output.
+        glu: the MLP.
+        projections: which of these belong together in the adapter.
+        heads: the division into heads, and what happens to scores.
+        rope: place of the rotary table; None rotates nothing.
+        eps: of the norms.
+        scale: s of the branches.
+    """
+
+    norms: Norms
     q: Linear
     k: Linear
     v: Linear
     o: Linear
     glu: Glu
+    projections: Sequence[Projection]
+    heads: Heads
+    rope: int | None
     eps: float
+    scale: float
 
 
 class Positions(NamedTuple):
-    """What attention knows of a batch: its sequences, and rotary tables `(T, head_dim / 2)`."""
+    """What attention knows of a batch: sequences, and rotary tables `(T, rotated / 2)` each."""
 
     segments: Sequence[Segment]
-    heads: Heads
-    cos: Tensor
-    sin: Tensor
+    tables: Sequence[tuple[Tensor, Tensor]]
 
 
 class LayerCache(Protocol):
@@ -56,28 +87,49 @@ class LayerCache(Protocol):
 class _Attended(NamedTuple):
     """What the attention half leaves in the workspace, or where it is kept."""
 
-    rstd: Tensor
+    rstd: Tensor | None
     q: Tensor
     k: Tensor
     v: Tensor
     o: Tensor
     lse: Tensor
+    raw: Sequence[tuple[Tensor, Tensor]]
+    """q and k before their norms, with the rstd of those."""
 
 
 class Kept:
     """What the backward of a block needs, kept from its forward instead of recomputed.
 
-    Room for q and o `(T, q_width)`, k and v `(T, kv_width)`, the middle residual `(T, H)`, and the
-    MLP's columns.
+    Room for q and o `(T, q_width)`, k and v `(T, kv_width)`, the middle residual `(T, H)`, the
+    MLP's columns; where they have norms, q and k before them and the MLP's output `(T, H)`.
     """
 
     def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, o: Tensor, mid: Tensor, columns: Columns
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        o: Tensor,
+        mid: Tensor,
+        *,
+        columns: Columns,
+        raw: Sequence[Tensor] = (),
+        branch: Tensor | None = None,
     ) -> None:
         """Take the tensors, whose content the forward writes."""
         self.q, self.k, self.v, self.o, self.mid = q, k, v, o, mid
-        self.columns = columns
+        self.columns, self.raw, self.branch = columns, raw, branch
         self.attended: _Attended | None = None
+
+
+def _normed(x: Tensor, weight: Tensor | None, eps: float, out: Tensor) -> Tensor | None:
+    """`norm(x)` into `out`, and its rstd; nothing without a weight."""
+    return None if weight is None else rmsnorm_forward(x, weight, eps, out=out)
+
+
+def _per_head(x: Tensor, weight: Tensor) -> Tensor:
+    """Rows that a norm on q or k sees: whole ones, or one for each head."""
+    return x.view(-1, weight.shape[0])
 
 
 def _attend(
@@ -88,24 +140,69 @@ def _attend(
     cache: LayerCache | None = None,
     keep: Kept | None = None,
 ) -> _Attended:
-    """norm, q/k/v, rope and attention of `x (T, H)`; results lie in the workspace, or in `keep`."""
-    tokens = x.shape[0]
-    n = ws.wide(0, tokens, x.shape[1])
-    rstd = rmsnorm_forward(x, block.input_norm, block.eps, out=n)
+    """norm, q/k/v, their norms, rope and attention; results lie in the workspace or in `keep`."""
+    tokens, heads = x.shape[0], block.heads
+    n = x if block.norms.before_attention is None else ws.wide(0, tokens, x.shape[1])
+    rstd = _normed(x, block.norms.before_attention, block.eps, n)
     if keep is None:
-        width = at.heads.num * at.heads.dim
+        width = heads.num * heads.dim
         q, o = ws.wide(1, tokens, width), ws.wide(2, tokens, width)
         k, v = ws.narrow(0, tokens), ws.narrow(1, tokens)
+        raw = ws.raw(tokens)
     else:
-        q, k, v, o = keep.q, keep.k, keep.v, keep.o
-    for linear, out in ((block.q, q), (block.k, k), (block.v, v)):
+        q, k, v, o, raw = keep.q, keep.k, keep.v, keep.o, tuple(keep.raw)
+    targets = (*raw, v) if raw else (q, k, v)
+    linears = with_one_h(n, (block.q, block.k, block.v))
+    for linear, out in zip(linears, targets, strict=True):
         linear_forward(n, linear, out, ws.tile)
-    for rotated in (q, k):
-        rope_(rotated, at.cos, at.sin, ws.rope_scratch())
+    stats = []
+    for before, after, weight in zip(raw, (q, k), block.norms[4:], strict=False):
+        assert weight is not None
+        shaped = _per_head(before, weight)
+        found = rmsnorm_forward(shaped, weight, block.eps, out=_per_head(after, weight))
+        stats.append((before, found))
+    _rotate((q, k), block, at, ws)
     if cache is not None:
         k, v = cache.extend(k, v)
-    lse = attention_forward(q, k, v, at.heads, at.segments, out=o, score=ws.scores[0])
-    return _Attended(rstd, q, k, v, o, lse)
+    lse = attention_forward(q, k, v, heads, at.segments, out=o, score=ws.scores[0])
+    return _Attended(rstd, q, k, v, o, lse, stats)
+
+
+def _rotate(
+    these: Sequence[Tensor], block: Block, at: Positions, ws: Workspace, *, inverse: bool = False
+) -> None:
+    """Rotate q- and k-like tensors in place, where the block does."""
+    if block.rope is not None:
+        cos, sin = at.tables[block.rope]
+        for one in these:
+            rope_(one, cos, sin, ws.rope_scratch(), inverse, head_dim=block.heads.dim)
+
+
+def _add_branch(
+    out: Tensor, branch: Tensor, weight: Tensor | None, block: Block, n: Tensor
+) -> None:
+    """`out += s norm(branch)`; `n (T, H)` takes the norm."""
+    if weight is not None:
+        rmsnorm_forward(branch, weight, block.eps, out=n)
+        branch = n
+    out.add_(branch, alpha=block.scale)
+
+
+def _add_attention(out: Tensor, attended: Tensor, block: Block, ws: Workspace) -> None:
+    """`out += s post_a(attended Wo^T)`."""
+    weight = block.norms.after_attention
+    if weight is None and block.scale == 1.0:
+        linear_forward(attended, block.o, out, ws.tile, beta=1.0)
+        return
+    branch, n = ws.wide(4, *out.shape), ws.wide(0, *out.shape)
+    linear_forward(attended, block.o, branch, ws.tile)
+    _add_branch(out, branch, weight, block, n)
+
+
+def _mlp(n: Tensor, glu: Glu) -> Glu:
+    """The MLP with h of gate and up formed once where they share an adapter."""
+    gate, up = with_one_h(n, (glu.gate, glu.up))
+    return glu._replace(gate=gate, up=up)
 
 
 def block_forward(
@@ -117,7 +214,7 @@ def block_forward(
     cache: LayerCache | None = None,
     keep: Kept | None = None,
 ) -> None:
-    """`out = mid + MLP(norm(mid))`, `mid = x + Attention(norm(x)) Wo^T`.
+    """`out` becomes y of the module's formula.
 
     Args:
         x: `(T, H)`, the block's input; the one thing worth keeping for the backward.
@@ -130,13 +227,21 @@ def block_forward(
     """
     attended = _attend(x, block, at, ws, cache, keep)
     out.copy_(x)
-    linear_forward(attended.o, block.o, out, ws.tile, beta=1.0)
-    n = ws.wide(0, *x.shape)
-    rmsnorm_forward(out, block.mlp_norm, block.eps, out=n)
+    _add_attention(out, attended.o, block, ws)
     if keep is not None:
         keep.attended = attended
         keep.mid.copy_(out)
-    glu_forward(n, block.glu, out, ws.glu, None if keep is None else keep.columns)
+    columns = None if keep is None else keep.columns
+    n = ws.wide(0, *x.shape)
+    if _normed(out, block.norms.before_mlp, block.eps, n) is None:
+        n.copy_(out)
+    if block.norms.after_mlp is None and block.scale == 1.0:
+        glu_forward(n, _mlp(n, block.glu), out, ws.glu, columns)
+        return
+    kept = None if keep is None else keep.branch
+    branch = ws.wide(4, *x.shape) if kept is None else kept
+    glu_forward(n, _mlp(n, block.glu), branch.zero_(), ws.glu, columns)
+    _add_branch(out, branch, block.norms.after_mlp, block, n)
 
 
 def block_backward(
@@ -158,24 +263,58 @@ def block_backward(
         block: weights and adapters.
         at: segments and rotary tables.
         ws: buffers, overwritten.
-        emit: called with (linear's name, dA, dB) when A and B are not needed any more.
+        emit: called with (projection's name, dA, dB) when A and B are not needed any more.
         input_gradient: False in the first block; `dy` is then left meaningless.
         kept: what the forward of this block kept, overwritten; None where it kept nothing.
     """
-    tokens, hidden = x.shape
-    n, mid, dn = (ws.wide(i, tokens, hidden) for i in (0, 3, 4))
+    grads = Gradients(block.projections, emit)
     if kept is None or kept.attended is None:
         attended = _attend(x, block, at, ws)
-        mid.copy_(x)
-        linear_forward(attended.o, block.o, mid, ws.tile, beta=1.0)
+        mid = ws.wide(3, *x.shape).copy_(x)
+        _add_attention(mid, attended.o, block, ws)
     else:
         attended, mid = kept.attended, kept.mid
-    rstd = rmsnorm_forward(mid, block.mlp_norm, block.eps, out=n)
-    emits = [_named(emit, f"mlp.{name}_proj") for name in ("gate", "up", "down")]
+    _mlp_backward(dy, mid, block, ws, grads, kept)
+    _attention_backward(dy, x, block, at, ws, attended, grads, input_gradient)
+
+
+def _branch_gradient(
+    dy: Tensor, branch: Tensor | None, weight: Tensor | None, block: Block, out: Tensor
+) -> Tensor:
+    """The gradient of `branch` from that of `s norm(branch)`; `dy` itself where they are one."""
+    if weight is None:
+        return dy if block.scale == 1.0 else torch.mul(dy, block.scale, out=out)
+    assert branch is not None
+    # The norm goes into `out` only for its rstd.
+    rstd = rmsnorm_forward(branch, weight, block.eps, out=out)
+    rmsnorm_gradient(dy, branch, weight, rstd, out=out)
+    return out if block.scale == 1.0 else out.mul_(block.scale)
+
+
+def _mlp_backward(
+    dy: Tensor, mid: Tensor, block: Block, ws: Workspace, grads: Gradients, kept: Kept | None
+) -> None:
+    """The MLP's half: `dy` becomes the gradient of the middle residual."""
+    n, dn = ws.wide(0, *mid.shape), ws.wide(4, *mid.shape)
+    rstd = _normed(mid, block.norms.before_mlp, block.eps, n)
+    n = mid if rstd is None else n
+    glu = _mlp(n, block.glu)
+    weight, branch = block.norms.after_mlp, None
+    if weight is not None and (kept is None or kept.branch is None):
+        branch = dn.zero_()
+        glu_forward(n, glu, branch, ws.glu)
+    elif kept is not None:
+        branch = kept.branch
+    db = dy
+    if weight is not None or block.scale != 1.0:
+        db = _branch_gradient(dy, branch, weight, block, ws.wide(5, *mid.shape))
     columns = None if kept is None else kept.columns
-    glu_backward(dy, n, block.glu, dn, ws.glu, emits=emits, kept=columns)
-    rmsnorm_backward_(dy, dn, mid, block.mlp_norm, rstd, scratch=n)
-    _attention_backward(dy, x, block, at, ws, attended, emit, input_gradient)
+    emits = [grads.of(role) for role in ("gate", "up", "down")]
+    glu_backward(db, n, glu, dn, ws.glu, emits=emits, kept=columns)
+    if rstd is None or block.norms.before_mlp is None:
+        dy.add_(dn)
+    else:
+        rmsnorm_backward_(dy, dn, mid, block.norms.before_mlp, rstd, scratch=n)
 
 
 def _attention_backward(
@@ -185,27 +324,37 @@ def _attention_backward(
     at: Positions,
     ws: Workspace,
     attended: _Attended,
-    emit: Callable[[str, Tensor, Tensor], None],
+    grads: Gradients,
     input_gradient: bool,
 ) -> None:
     """The attention half: `dy` is the gradient of the middle residual, then of `x`."""
     tokens, hidden = x.shape
-    do = ws.wide(3, tokens, attended.q.shape[1]).zero_()
-    linear_backward(dy, attended.o, block.o, do, ws.tile, emit=_named(emit, "self_attn.o_proj"))
     q, k, v, o, lse = attended.q, attended.k, attended.v, attended.o, attended.lse
+    n, dn = ws.wide(0, tokens, hidden), ws.wide(4, tokens, hidden)
+    weight = block.norms.after_attention
+    if weight is not None:
+        linear_forward(o, block.o, n, ws.tile)
+    db = _branch_gradient(dy, n, weight, block, dn)
+    do = ws.wide(3, tokens, q.shape[1]).zero_()
+    linear_backward(db, o, block.o, do, ws.tile, emit=grads.of("o"))
     dk, dv = ws.narrow(2, tokens), ws.narrow(3, tokens)
-    attention_backward(do, q, k, v, o, lse, at.heads, at.segments, dk=dk, dv=dv, scores=ws.scores)
-    for rotated in (q, dk):
-        rope_(rotated, at.cos, at.sin, ws.rope_scratch(), inverse=True)
-    n = ws.wide(0, tokens, hidden)
-    torch.mul(x, attended.rstd, out=n).mul_(block.input_norm)
-    dn = ws.wide(4, tokens, hidden).zero_() if input_gradient else None
-    for name, linear, dout in (("q", block.q, q), ("k", block.k, dk), ("v", block.v, dv)):
-        linear_backward(dout, n, linear, dn, ws.tile, emit=_named(emit, f"self_attn.{name}_proj"))
-    if dn is not None:
-        rmsnorm_backward_(dy, dn, x, block.input_norm, attended.rstd, scratch=n)
-
-
-def _named(emit: Callable[[str, Tensor, Tensor], None], name: str) -> Emit:
-    """`emit` with the linear's name filled in."""
-    return lambda da, db: emit(name, da, db)
+    attention_backward(
+        do, q, k, v, o, lse, block.heads, at.segments, dk=dk, dv=dv, scores=ws.scores
+    )
+    _rotate((q, dk), block, at, ws, inverse=True)
+    for (before, rstd), after, one in zip(attended.raw, (q, dk), block.norms[4:], strict=False):
+        assert one is not None
+        shaped, rows = _per_head(after, one), _per_head(before, one)
+        rmsnorm_gradient(shaped, rows, one, rstd, out=shaped)
+    before_attention = block.norms.before_attention
+    dx: Tensor | None = None
+    if before_attention is None or attended.rstd is None:
+        n, dx = x, dy if input_gradient else None
+    else:
+        torch.mul(x, attended.rstd, out=n).mul_(before_attention)
+        dx = dn.zero_() if input_gradient else None
+    linears = with_one_h(n, (block.q, block.k, block.v))
+    for role, linear, dout in zip("qkv", linears, (q, dk, dv), strict=True):
+        linear_backward(dout, n, linear, dx, ws.tile, emit=grads.of(role))
+    if input_gradient and before_attention is not None and attended.rstd is not None:
+        rmsnorm_backward_(dy, dn, x, before_attention, attended.rstd, scratch=n)

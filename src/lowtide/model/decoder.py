@@ -10,20 +10,21 @@ import torch
 from torch import Tensor
 
 from lowtide.errors import ConfigError, DataError
-from lowtide.ops.attention import Heads, Segment, self_segments
+from lowtide.ops.attention import Segment, self_segments
 from lowtide.ops.glu import Glu
 from lowtide.ops.lora_linear import Linear, Lora
 from lowtide.weights.checkpoint import Checkpoint, dtype_name
 from lowtide.weights.matrix import StoredMatrix
 from lowtide.weights.residency import Residency
 
-from .block import Block, Positions
+from .block import Block, Norms, Positions
 from .families import read_config, spec_from_config
 from .hub import resolve_model
+from .projections import by_role
 from .quantized import cached_checkpoint
 from .resident import limit_resident
 from .rope import rope_tables
-from .spec import EMBEDDING, FINAL_NORM, HEAD, INPUT_NORM, LINEARS, MLP_NORM, ModelSpec
+from .spec import EMBEDDING, FINAL_NORM, HEAD, QK_NORMS, ModelSpec
 
 if TYPE_CHECKING:
     from .adapter import Adapter
@@ -65,14 +66,20 @@ class Decoder:
         self.head = checkpoint.matrix(EMBEDDING if spec.tied_head else HEAD, table, dtype)
         self.residency: Residency | None = None
         self.resident_weights: int | str | None = None
-        self.final_norm = checkpoint[FINAL_NORM].to(dtype)
+        self.final_norm = self._norm(FINAL_NORM)
         self.linears: list[dict[str, FrozenLinear]] = []
-        self.norms: list[tuple[Tensor, Tensor]] = []
+        self.norms: list[Norms] = []
         for layer in range(spec.num_layers):
             prefix = f"model.layers.{layer}."
-            self.linears.append({name: self._linear(prefix + name, name) for name in LINEARS})
+            self.linears.append({name: self._linear(prefix + name, name) for name in spec.linears})
+            on_qk = QK_NORMS if spec.qk_norm else (None, None)
             self.norms.append(
-                (checkpoint[prefix + INPUT_NORM].to(dtype), checkpoint[prefix + MLP_NORM].to(dtype))
+                Norms(
+                    *(
+                        None if name is None else self._norm(f"{prefix}{name}.weight")
+                        for name in (*spec.norms, *on_qk)
+                    )
+                )
             )
 
     @property
@@ -86,6 +93,11 @@ class Decoder:
         other.resident_weights = self.resident_weights
         other.residency = limit_resident(other, self.resident_weights)
         return other
+
+    def _norm(self, name: str) -> Tensor:
+        """A norm's weight in the compute dtype, with the model's offset already added."""
+        weight = self.checkpoint[name].to(self.compute_dtype)
+        return weight + self.spec.norm_offset if self.spec.norm_offset else weight
 
     def _linear(self, prefix: str, name: str) -> FrozenLinear:
         shape = self.spec.linear_shape(name)
@@ -105,19 +117,27 @@ class Decoder:
         Returns:
             References only; nothing is copied.
         """
-        parts: dict[str, Linear] = {}
+        spec = self.spec
+        linears: dict[str, Linear] = {}
         for name, frozen in self.linears[layer].items():
             lora: Lora | None = None
             if adapter is not None:
                 lora = adapter.lora(layer, name, dropout_seed)
-            parts[name] = Linear(frozen.weight, frozen.bias, lora)
-        q, k, v, o, gate, up, down = (parts[name] for name in LINEARS)
-        norms = self.norms[layer]
-        return Block(norms[0], norms[1], q, k, v, o, Glu(gate, up, down), self.spec.rms_norm_eps)
-
-    def heads(self) -> Heads:
-        """The division of q, k and v into heads."""
-        return Heads(self.spec.num_heads, self.spec.num_kv_heads, self.spec.head_dim)
+            linears[name] = Linear(frozen.weight, frozen.bias, lora)
+        of = by_role(spec, linears)
+        return Block(
+            norms=self.norms[layer],
+            q=of["q"],
+            k=of["k"],
+            v=of["v"],
+            o=of["o"],
+            glu=Glu(of["gate"], of["up"], of["down"], spec.activation),
+            projections=spec.projections,
+            heads=spec.heads(layer),
+            rope=spec.layers[layer].rope,
+            eps=spec.rms_norm_eps,
+            scale=spec.residual_scale,
+        )
 
     def positions(self, lengths: Sequence[int]) -> Positions:
         """Segments and rotary tables of sequences laid end to end.
@@ -126,16 +146,29 @@ class Decoder:
             lengths: tokens of each sequence.
 
         Returns:
-            Tables of `2 T head_dim / 2` elements.
+            Tables of `2 T rotated / 2` elements each.
         """
         places = torch.cat([torch.arange(length) for length in lengths])
-        return self.positions_at(places, self_segments(lengths))
+        own = torch.cat([torch.full((length,), length) for length in lengths])
+        return self.positions_at(places, self_segments(lengths), own)
 
-    def positions_at(self, places: Tensor, segments: Sequence[Segment]) -> Positions:
-        """Rotary tables at given positions `(T,)`, with given segments."""
+    def positions_at(
+        self, places: Tensor, segments: Sequence[Segment], lengths: Tensor
+    ) -> Positions:
+        """Rotary tables at given positions `(T,)` of sequences of so many tokens `(T,)`."""
         spec = self.spec
-        cos, sin = rope_tables(spec.rope, spec.head_dim, places, self.compute_dtype)
-        return Positions(segments, self.heads(), cos, sin)
+        return Positions(
+            segments,
+            [
+                rope_tables(rope, spec.head_dim, places, self.compute_dtype, lengths)
+                for rope in spec.ropes
+            ],
+        )
+
+    def changes_between(self, before: int, after: int) -> bool:
+        """Whether the angles of a sequence change when it grows from `before` to `after` tokens."""
+        limits = [r.original_max_positions for r in self.spec.ropes if r.depends_on_length]
+        return any(before <= limit < after for limit in limits)
 
     def check_sequences(self, lengths: Sequence[int], largest_id: int) -> None:
         """Refuse what the model has no positions or no embedding for.

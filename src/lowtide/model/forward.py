@@ -8,7 +8,7 @@ from itertools import pairwise, repeat
 import torch
 from torch import Tensor
 
-from lowtide.ops.cross_entropy import cross_entropy
+from lowtide.ops.cross_entropy import cross_entropy, softcap_
 from lowtide.ops.frozen import matmul_
 from lowtide.ops.rmsnorm import rmsnorm_backward_, rmsnorm_forward
 
@@ -57,9 +57,11 @@ def loss_forward(model: Decoder, x: Tensor, batch: Batch, ws: Workspace) -> Tens
     Returns:
         `(n_tokens,)` losses in nats.
     """
-    chosen, n, label_rows, labels, _ = _labelled(model, x, batch, ws)
-    del chosen
-    return cross_entropy(n, model.head, labels, label_rows=label_rows, dn=None, buffers=ws.loss)
+    _, n, label_rows, labels, _ = _labelled(model, x, batch, ws)
+    return cross_entropy(
+        n, model.head, labels, label_rows=label_rows, dn=None, buffers=ws.loss,
+        softcap=model.spec.logit_softcap,
+    )  # fmt: skip
 
 
 def loss_backward_(
@@ -79,9 +81,13 @@ def loss_backward_(
     """
     chosen, n, label_rows, labels, rstd = _labelled(model, x, batch, ws)
     dn = ws.wide(4, *n.shape)
-    losses = cross_entropy(n, model.head, labels, label_rows=label_rows, dn=dn, buffers=ws.loss)
+    losses = cross_entropy(
+        n, model.head, labels, label_rows=label_rows, dn=dn, buffers=ws.loss,
+        softcap=model.spec.logit_softcap,
+    )  # fmt: skip
     dx = ws.wide(3, *n.shape).zero_()
-    rmsnorm_backward_(dx, dn.mul_(scale), chosen, model.final_norm, rstd, scratch=n)
+    dn.mul_(scale * model.spec.logit_scale)
+    rmsnorm_backward_(dx, dn, chosen, model.final_norm, rstd, scratch=n)
     x.zero_().index_copy_(0, batch.labelled, dx)
     return losses
 
@@ -89,27 +95,37 @@ def loss_backward_(
 def _labelled(
     model: Decoder, x: Tensor, batch: Batch, ws: Workspace
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Labelled rows of x, their norm, a buffer for E[labels], the labels, and rstd."""
+    """Labelled rows of x, their scaled norm, a buffer for E[labels], the labels, and rstd."""
     places = batch.labelled
     count, hidden = len(places), x.shape[1]
     chosen = torch.index_select(x, 0, places, out=ws.wide(1, count, hidden))
     n = ws.wide(0, count, hidden)
     rstd = rmsnorm_forward(chosen, model.final_norm, model.spec.rms_norm_eps, out=n)
+    _scale_(n, model.spec.logit_scale)
     return chosen, n, ws.wide(2, count, hidden), batch.targets[places], rstd
 
 
+def _scale_(x: Tensor, factor: float) -> None:
+    """`x *= factor`, rounded to the dtype of x; costs nothing where it is 1."""
+    if factor != 1.0:
+        x.mul_(factor)
+
+
 def embed(model: Decoder, ids: Tensor, out: Tensor) -> None:
-    """`out (T, H) = E[ids]` in the compute dtype."""
+    """`out (T, H) = E[ids]` in the compute dtype, scaled."""
     model.embedding.take(ids, out)
+    _scale_(out, model.spec.embedding_scale)
 
 
 def head_logits(model: Decoder, x: Tensor, ws: Workspace) -> Tensor:
     """Full logits `(T, V)` of the last block's output `x (T, H)`: for generation and tests."""
     n = ws.wide(0, *x.shape)
     rmsnorm_forward(x, model.final_norm, model.spec.rms_norm_eps, out=n)
+    _scale_(n, model.spec.logit_scale)
     out = x.new_empty(x.shape[0], model.spec.vocab_size)
     matmul_(out, n, model.head, ws.tile)
-    return out
+    cap = model.spec.logit_softcap
+    return softcap_(out, cap) if cap else out
 
 
 def workspace_for(

@@ -35,8 +35,11 @@ class KeptBlocks:
         for layer, place in self._places.items():
             row = self._flat[place, : kept_elements(spec) * tokens]
             parts = torch.split(row, [tokens * width for width in widths])
-            q, k, v, o, mid, gate, up = (part.view(tokens, -1) for part in parts)
-            self._blocks[layer] = Kept(q, k, v, o, mid, Columns(gate, up))
+            q, k, v, o, mid, gate, up, *more = (part.view(tokens, -1) for part in parts)
+            branch = more.pop() if spec.norms.after_mlp else None
+            self._blocks[layer] = Kept(
+                q, k, v, o, mid, columns=Columns(gate, up), raw=more, branch=branch
+            )
 
     def of(self, layer: int) -> Kept | None:
         """What is kept of a block in this step; None where nothing is."""
@@ -44,9 +47,11 @@ class KeptBlocks:
 
 
 def _widths(spec: ModelSpec) -> tuple[int, ...]:
-    """Of q, k, v, o, the middle residual, gate and up."""
+    """Of q, k, v, o, the middle residual, gate, up; q and k before norms, the MLP's before its."""
     q, kv, inner = spec.q_width, spec.kv_width, spec.intermediate_size
-    return (q, kv, kv, q, spec.hidden_size, inner, inner)
+    more = (q, kv) if spec.qk_norm else ()
+    branch = (spec.hidden_size,) if spec.norms.after_mlp else ()
+    return (q, kv, kv, q, spec.hidden_size, inner, inner, *more, *branch)
 
 
 def kept_elements(spec: ModelSpec) -> int:

@@ -7,13 +7,15 @@ leaner `Kernels`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowtide.ops.attention import Heads
 from lowtide.ops.dropout import dropout_scale
 from lowtide.ops.lora_linear import Lora
 from lowtide.weights.matrix import StoredMatrix
@@ -22,6 +24,7 @@ from .adapter import Adapter
 from .batch import IGNORED, Batch
 from .decoder import Decoder
 from .rope import rope_tables
+from .spec import Projection, RopeSpec
 
 
 class Kernels(NamedTuple):
@@ -30,11 +33,11 @@ class Kernels(NamedTuple):
     Attributes:
         product: `x W^T` `(T, out)` of `x (T, in)` and a frozen W.
         attend: causal attention of one sequence, `(heads, T, head_dim)` each, keys and values
-            repeated to as many heads as queries.
+            repeated to as many heads as queries; `Heads` has scale, softcap and window.
     """
 
     product: Callable[[Tensor, StoredMatrix], Tensor]
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    attend: Callable[[Tensor, Tensor, Tensor, Heads], Tensor]
 
 
 def plain_product(x: Tensor, weight: StoredMatrix) -> Tensor:
@@ -42,15 +45,29 @@ def plain_product(x: Tensor, weight: StoredMatrix) -> Tensor:
     return F.linear(x, weight.whole().to(x.dtype))
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, heads: Heads) -> Tensor:
     """With the whole score matrix."""
-    scores = q @ k.transpose(1, 2) * q.shape[-1] ** -0.5
-    future = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool).triu(1)
-    weights: Tensor = scores.masked_fill(future, float("-inf")).softmax(-1)
+    scores = softcap(q @ k.transpose(1, 2) * heads.factor, heads.softcap)
+    weights: Tensor = scores.masked_fill(~visible(q.shape[1], heads), float("-inf")).softmax(-1)
     return weights @ v
 
 
+def softcap(x: Tensor, cap: float) -> Tensor:
+    """`cap tanh(x / cap)`; x itself where cap is 0."""
+    return cap * torch.tanh(x / cap) if cap else x
+
+
+def visible(tokens: int, heads: Heads) -> Tensor:
+    """`(T, T)` booleans: which keys (columns) each query sees."""
+    seen = torch.ones(tokens, tokens, dtype=torch.bool).tril()
+    return seen.triu(1 - heads.window) if heads.window else seen
+
+
 PLAIN = Kernels(plain_product, plain_attention)
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
 
 
 def reference_loss(
@@ -66,7 +83,7 @@ def reference_logits(
 ) -> Tensor:
     """Logits `(T, V)` of every position."""
     dtype, spec = model.compute_dtype, model.spec
-    x = F.embedding(batch.ids, model.embedding.whole()).to(dtype)
+    x = F.embedding(batch.ids, model.embedding.whole()).to(dtype) * spec.embedding_scale
     for layer in range(spec.num_layers):
         x = reference_block(model, adapter, layer, x, batch, dropout_seed)
     return reference_head(model, x, PLAIN)
@@ -74,7 +91,9 @@ def reference_logits(
 
 def reference_head(model: Decoder, x: Tensor, kernels: Kernels) -> Tensor:
     """Logits `(T, V)` from the last block's output `x (T, H)`."""
-    return kernels.product(_norm(x, model.final_norm, model.spec.rms_norm_eps), model.head)
+    spec = model.spec
+    logits = kernels.product(_norm(x, model.final_norm, spec.rms_norm_eps), model.head)
+    return softcap(logits * spec.logit_scale, spec.logit_softcap)
 
 
 def reference_block(
@@ -87,22 +106,40 @@ def reference_block(
     kernels: Kernels = PLAIN,
 ) -> Tensor:
     """One block's output `(T, H)` from its input `(T, H)`."""
-    spec = model.spec
+    spec, norms, heads = model.spec, model.norms[layer], model.spec.heads(layer)
 
-    def linear(name: str, value: Tensor) -> Tensor:
-        frozen = model.linears[layer][name]
+    def linear(projection: Projection, value: Tensor) -> dict[str, Tensor]:
+        """Outputs by role."""
+        frozen = model.linears[layer][projection.name]
         y = kernels.product(value, frozen.weight)
         y = y if frozen.bias is None else y + frozen.bias
-        lora = None if adapter is None else adapter.lora(layer, name, dropout_seed)
-        return y if lora is None else y + _lora(value, lora)
+        lora = None if adapter is None else adapter.lora(layer, projection.name, dropout_seed)
+        y = y if lora is None else y + _lora(value, lora)
+        widths = [spec.role_shape(role)[0] for role in projection.roles]
+        return dict(zip(projection.roles, torch.split(y, widths, -1), strict=True))
 
-    input_norm, mlp_norm = model.norms[layer]
-    n = _norm(x, input_norm, spec.rms_norm_eps)
-    q, k, v = (linear(f"self_attn.{name}_proj", n) for name in "qkv")
-    x = x + linear("self_attn.o_proj", _attention(model, q, k, v, batch, kernels))
-    n = _norm(x, mlp_norm, spec.rms_norm_eps)
-    act = F.silu(linear("mlp.gate_proj", n)) * linear("mlp.up_proj", n)
-    return x + linear("mlp.down_proj", act)
+    def outputs(value: Tensor, *roles: str) -> list[Tensor]:
+        found: dict[str, Tensor] = {}
+        for projection in spec.projections:
+            if set(projection.roles) & set(roles):
+                found |= linear(projection, value)
+        return [found[role] for role in roles]
+
+    def norm(value: Tensor, weight: Tensor | None) -> Tensor:
+        return value if weight is None else _norm(value, weight, spec.rms_norm_eps)
+
+    def on_heads(value: Tensor, weight: Tensor | None) -> Tensor:
+        if weight is None:
+            return value
+        return norm(value.view(len(value), -1, len(weight)), weight).flatten(1)
+
+    q, k, v = outputs(norm(x, norms.before_attention), "q", "k", "v")
+    q, k = on_heads(q, norms.q), on_heads(k, norms.k)
+    (branch,) = outputs(_attention(model, layer, (q, k, v), batch, kernels, heads), "o")
+    x = x + spec.residual_scale * norm(branch, norms.after_attention)
+    gate, up = outputs(norm(x, norms.before_mlp), "gate", "up")
+    (branch,) = outputs(_ACTIVATIONS[spec.activation](gate) * up, "down")
+    return x + spec.residual_scale * norm(branch, norms.after_mlp)
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -116,23 +153,30 @@ def _lora(x: Tensor, lora: Lora) -> Tensor:
 
 
 def _attention(
-    model: Decoder, q: Tensor, k: Tensor, v: Tensor, batch: Batch, kernels: Kernels
+    model: Decoder,
+    layer: int,
+    qkv: Sequence[Tensor],
+    batch: Batch,
+    kernels: Kernels,
+    heads: Heads,
 ) -> Tensor:
     """Causal attention of each sequence by itself, heads repeated."""
-    spec = model.spec
     outputs = []
-    for q_i, k_i, v_i in zip(
-        *(torch.split(t, list(batch.lengths)) for t in (q, k, v)), strict=True
-    ):
-        places = torch.arange(len(q_i))
-        cos, sin = rope_tables(spec.rope, spec.head_dim, places, q.dtype)
-        heads = [_heads(t, spec.head_dim) for t in (q_i, k_i, v_i)]
-        queries, keys = _rotate(heads[0], cos, sin), _rotate(heads[1], cos, sin)
-        group = spec.num_heads // spec.num_kv_heads
-        keys, values = (t.repeat_interleave(group, 0) for t in (keys, heads[2]))
-        attended = kernels.attend(queries, keys, values)
+    for q_i, k_i, v_i in zip(*(torch.split(t, list(batch.lengths)) for t in qkv), strict=True):
+        queries, keys, values = (_heads(t, heads.dim) for t in (q_i, k_i, v_i))
+        rope = model.spec.layers[layer].rope
+        if rope is not None:
+            tables = _tables(model.spec.ropes[rope], heads.dim, len(q_i), q_i.dtype)
+            queries, keys = _rotate(queries, *tables), _rotate(keys, *tables)
+        keys, values = (t.repeat_interleave(heads.group, 0) for t in (keys, values))
+        attended = kernels.attend(queries, keys, values, heads)
         outputs.append(attended.transpose(0, 1).reshape(len(q_i), -1))
     return torch.cat(outputs)
+
+
+def _tables(rope: RopeSpec, head_dim: int, tokens: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    lengths = torch.full((tokens,), tokens)
+    return rope_tables(rope, head_dim, torch.arange(tokens), dtype, lengths)
 
 
 def _heads(x: Tensor, head_dim: int) -> Tensor:
@@ -141,5 +185,6 @@ def _heads(x: Tensor, head_dim: int) -> Tensor:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    x1, x2 = x.chunk(2, -1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1)
+    half = cos.shape[-1]
+    x1, x2, rest = torch.split(x, [half, half, x.shape[-1] - 2 * half], -1)
+    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin, rest), -1)

@@ -15,19 +15,32 @@ from torch import Tensor
 from .spec import RopeSpec
 
 
-def inverse_frequencies(rope: RopeSpec, head_dim: int) -> Tensor:
-    """`(head_dim / 2,)` float32 radians per position, after any rescaling."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+def inverse_frequencies(rope: RopeSpec, head_dim: int, *, long: bool = False) -> Tensor:
+    """`(rotated / 2,)` float32 radians per position, after any rescaling.
+
+    Args:
+        rope: base and scaling.
+        head_dim: columns of a head, of which `rope.rotated` are rotated.
+        long: whether the sequence is longer than `rope.original_max_positions`.
+
+    Returns:
+        Frequencies.
+    """
+    columns = rope.rotated or head_dim
+    exponent = torch.arange(0, columns, 2, dtype=torch.int64).float() / columns
+    if rope.kind == "longrope":
+        divisors = torch.tensor(rope.long_factors if long else rope.short_factors)
+        return 1.0 / (divisors.float() * rope.theta**exponent)
     freq = 1.0 / (rope.theta**exponent)
     if rope.kind == "linear":
         return freq / rope.factor
-    if rope.kind == "llama3":
-        return _llama3(freq, rope)
+    if rope.kind == "banded":
+        return _banded(freq, rope)
     return freq
 
 
-def _llama3(freq: Tensor, rope: RopeSpec) -> Tensor:
-    """Llama 3.1's rule: keep short wavelengths, stretch long ones, interpolate between."""
+def _banded(freq: Tensor, rope: RopeSpec) -> Tensor:
+    """Keep short wavelengths, stretch long ones, interpolate between (Llama 3.1's rule)."""
     wavelength = 2 * math.pi / freq
     turns = rope.original_max_positions / wavelength
     ramp = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
@@ -38,7 +51,11 @@ def _llama3(freq: Tensor, rope: RopeSpec) -> Tensor:
 
 
 def rope_tables(
-    rope: RopeSpec, head_dim: int, positions: Tensor, dtype: torch.dtype
+    rope: RopeSpec,
+    head_dim: int,
+    positions: Tensor,
+    dtype: torch.dtype,
+    lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines of every position.
 
@@ -47,9 +64,17 @@ def rope_tables(
         head_dim: even.
         positions: `(T,)` int64, counted from 0 in each sequence.
         dtype: the compute dtype of the result.
+        lengths: `(T,)`, tokens of the sequence of each position, where angles depend on it.
 
     Returns:
-        cos and sin, each `(T, head_dim / 2)`.
+        cos and sin, each `(T, rotated / 2)`.
     """
-    angles = positions.float().unsqueeze(1) * inverse_frequencies(rope, head_dim).unsqueeze(0)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    freq = inverse_frequencies(rope, head_dim)
+    if rope.depends_on_length and lengths is not None:
+        is_long = (lengths > rope.original_max_positions).unsqueeze(1)
+        freq = torch.where(is_long, inverse_frequencies(rope, head_dim, long=True), freq)
+    angles = positions.float().unsqueeze(1) * freq
+    cos, sin = angles.cos(), angles.sin()
+    if rope.table_factor != 1.0:
+        cos, sin = cos.mul_(rope.table_factor), sin.mul_(rope.table_factor)
+    return cos.to(dtype), sin.to(dtype)

@@ -5,12 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowtide.ops.glu import Glu
-from lowtide.ops.lora_linear import Linear
+from lowtide.ops.lora_linear import Lora
 
 from .adapter import Adapter, parameter_name
-from .block import Block
-from .spec import LINEARS
 
 
 class StoredH:
@@ -39,32 +36,33 @@ class StoredH:
         known = all(name in self._places for name, _ in adapter.items() if ".lora_A." in name)
         return known and adapter.config.r == self._rank and tokens <= self._max_tokens
 
-    def on(self, block: Block, layer: int, *, ready: bool) -> Block:
-        """`block` with its h to be written (forward) or read (backward).
+    def on(self, adapter: Adapter, *, ready: bool) -> Adapter:
+        """`adapter` with its h to be written (forward) or read (backward).
 
         Args:
-            block: of `layer`.
-            layer: 0-based.
-            ready: True once the forward has written it.
+            adapter: of the shape that room was made for.
+            ready: True once the forward has written h.
 
         Returns:
-            The block with references into the store.
+            The adapter with references into the store.
         """
-        q, k, v, o, gate, up, down = (
-            self._with_h(linear, parameter_name(layer, name, "A"), ready)
-            for name, linear in zip(LINEARS, _linears(block), strict=True)
-        )
-        return block._replace(q=q, k=k, v=v, o=o, glu=Glu(gate, up, down))
+        return _WithH(adapter, self, ready)
 
-    def _with_h(self, linear: Linear, name: str, ready: bool) -> Linear:
-        if linear.lora is None:
-            return linear
-        return linear._replace(lora=linear.lora._replace(h=self._h(name), h_ready=ready))
-
-    def _h(self, name: str) -> Tensor:
+    def h(self, name: str) -> Tensor:
+        """The piece `(r, T)` of the A of that PEFT name."""
         return self._flat[self._places[name], : self._rank * self.tokens].view(self._rank, -1)
 
 
-def _linears(block: Block) -> tuple[Linear, ...]:
-    """In the order of LINEARS."""
-    return (block.q, block.k, block.v, block.o, *block.glu)
+class _WithH(Adapter):
+    """An adapter whose linears keep their h in a store."""
+
+    def __init__(self, adapter: Adapter, store: StoredH, ready: bool) -> None:
+        super().__init__(adapter.config, adapter.parameters, adapter.compute_dtype)
+        self._store, self._ready = store, ready
+
+    def lora(self, layer: int, linear: str, dropout_seed: int | None) -> Lora | None:
+        lora = super().lora(layer, linear, dropout_seed)
+        if lora is None:
+            return None
+        h = self._store.h(parameter_name(layer, linear, "A"))
+        return lora._replace(h=h, h_ready=self._ready)

@@ -1,14 +1,18 @@
 """The buffers of a step: allocated once for the largest batch and reused by every block.
 
 Five hidden-sized buffers, four of key/value width, one region of widened weight tiles, one of MLP
-columns or logits, and two of attention scores. The roles below never overlap in time:
+columns or logits, and two of attention scores; a sixth hidden-sized one where a norm or a factor
+follows the MLP, and room for q and k before their norms where they have any. The roles below never
+overlap in time:
 
     wide[0]  n         normalised rows: attention's, then the MLP's, then attention's again
     wide[1]  q         queries, then their gradient; the final norm's labelled rows in the loss
     wide[2]  o         attention output; E[label] in the loss
     wide[3]  mid       the residual between attention and MLP, then the gradient of o
-    wide[4]  dn        gradient of a norm's output, and scratch of rope
+    wide[4]  dn        gradient of a norm's output, and scratch of rope; a branch before its norm
+    wide[5]  db        gradient of a branch before its norm or factor
     narrow   k, v, dk, dv
+    raw      q and k before their norms
 """
 
 from __future__ import annotations
@@ -44,6 +48,22 @@ def mlp_tile_width(spec: ModelSpec, tokens: int, tiles: str = "full") -> int:
     return min(width, spec.intermediate_size)
 
 
+def score_capacity(spec: ModelSpec, max_length: int) -> int:
+    """Elements of a score buffer for sequences of up to `max_length`, in any of the blocks."""
+    group = spec.num_heads // spec.num_kv_heads
+    return max(score_elements(heads.reach(max_length), group) for heads in spec.kinds_of_heads())
+
+
+def _scratch_width(spec: ModelSpec) -> int:
+    """Columns of wide[4] that a forward pass alone touches: rope's, or a branch before its norm."""
+    rotated = [
+        max(spec.num_heads, spec.num_kv_heads) * (rope.rotated or spec.head_dim) // 2
+        for rope in spec.ropes
+    ]
+    apart = spec.norms.after_attention is not None or spec.scales_branches
+    return max(*rotated, spec.hidden_size if apart else 0)
+
+
 class Workspace:
     """Buffers for batches of up to `max_tokens` tokens in sequences of up to `max_length`.
 
@@ -70,10 +90,13 @@ class Workspace:
             torch.empty(max_tokens * columns, dtype=dtype)
             for columns in (hidden, either, either, either, scratch)
         ]
+        if spec.scales_branches:
+            self._wide.append(torch.empty(max_tokens * hidden, dtype=dtype))
         self._narrow = [torch.empty(max_tokens * spec.kv_width, dtype=dtype) for _ in range(4)]
+        self._raw = torch.empty(max_tokens * spec.raw_width, dtype=dtype)
         self.tile = torch.empty(2 * width * spec.hidden_size, dtype=dtype)
         self._columns = torch.empty(4 * width * max_tokens, dtype=dtype)
-        scores = score_elements(max_length, spec.num_heads // spec.num_kv_heads)
+        scores = score_capacity(spec, max_length)
         self.scores = [torch.empty(scores, dtype=dtype) for _ in range(2)]
         self.glu = GluBuffers(
             tiles=self.tile.chunk(2), activations=self._columns.chunk(4), width=width
@@ -83,7 +106,7 @@ class Workspace:
     @property
     def nbytes(self) -> int:
         """Bytes reserved."""
-        parts = [*self._wide, *self._narrow, self.tile, self._columns, *self.scores]
+        parts = [*self._wide, *self._narrow, self._raw, self.tile, self._columns, *self.scores]
         return sum(part.numel() for part in parts) * self.dtype.itemsize
 
     def untouched_bytes(self, *, backward: bool, widened: bool, recomputes: bool) -> int:
@@ -99,15 +122,19 @@ class Workspace:
         """
         spec, tokens = self.spec, self.max_tokens
         parts = [] if widened else [self.tile]
-        if available(self.dtype):
+        fused = available(self.dtype) and all(
+            heads.is_plain(self.max_length) for heads in spec.kinds_of_heads()
+        )
+        if fused:
             parts += self.scores
         if not backward:
-            rotated = tokens * max(spec.q_width, spec.kv_width) // 2
-            parts += [self._wide[3], self._wide[4][rotated:], *self._narrow[2:]]
-            parts += [] if available(self.dtype) else self.scores[1:]
+            touched = tokens * _scratch_width(spec)
+            parts += [self._wide[3], self._wide[4][touched:], *self._wide[5:]]
+            parts += self._narrow[2:]
+            parts += [] if fused else self.scores[1:]
         elif not recomputes:
             parts += [wide[tokens * spec.hidden_size :] for wide in self._wide[1:3]]
-            parts += self._narrow[:2]
+            parts += [*self._narrow[:2], self._raw]
         return sum(part.numel() for part in parts) * self.dtype.itemsize
 
     def fits(self, tokens: int, length: int) -> bool:
@@ -122,6 +149,15 @@ class Workspace:
         """Key/value-sized buffer `index` as `(tokens, kv_width)`."""
         width = self.spec.kv_width
         return self._narrow[index][: tokens * width].view(tokens, width)
+
+    def raw(self, tokens: int) -> tuple[Tensor, ...]:
+        """Room for q and k before their norms, `(tokens, width)` each; nothing without norms."""
+        spec = self.spec
+        if not spec.raw_width:
+            return ()
+        widths = [tokens * spec.q_width, tokens * spec.kv_width]
+        parts = torch.split(self._raw[: tokens * spec.raw_width], widths)
+        return tuple(part.view(tokens, -1) for part in parts)
 
     def rope_scratch(self) -> Tensor:
         """A flat buffer that is free whenever rope runs."""

@@ -4,7 +4,10 @@
     backward: P = exp(S - lse), D = rowsum(dO * O)
               dV += P^T dO   dS = P * (dO V^T - D)   dQ = scale dS K   dK += scale dS^T Q
 
-as in FlashAttention (arXiv 2205.14135), with one softmax per row tile because a tile sees all of
+With a softcap c, S becomes `c tanh(S / c)` and dS is multiplied by `1 - tanh(S / c)^2`. With a
+window w, a query sees the last w keys up to its own; keys that no row of a tile sees are skipped.
+
+As in FlashAttention (arXiv 2205.14135), with one softmax per row tile because a tile sees all of
 its keys. The `g` query heads that share a key/value head are folded into rows, so that K and V are
 never repeated. Saved: `lse (T, heads)`. A score tile holds at most `score_elements` numbers: memory
 grows with T, not with T^2, and keys above the diagonal are skipped tile by tile.
@@ -25,6 +28,7 @@ from .elementwise import exp_below_zero_
 from .fused_attention import available, elements, fused_backward, fused_forward
 
 _GOOD_ELEMENTS = 1 << 16
+_WINDOW_ROWS = 64
 
 
 class Segment(NamedTuple):
@@ -37,16 +41,41 @@ class Segment(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """How the columns of q `(T, num * dim)` and of k and v `(T, num_kv * dim)` are divided."""
+    """How the columns of q `(T, num * dim)` and of k and v `(T, num_kv * dim)` are divided.
+
+    Attributes:
+        num: query heads.
+        num_kv: key/value heads.
+        dim: columns of each.
+        scale: of the scores; None is `dim ** -0.5`.
+        softcap: c of `c tanh(S / c)`; 0 caps nothing.
+        window: keys that a query sees, its own included; 0 lets it see all before it.
+    """
 
     num: int
     num_kv: int
     dim: int
+    scale: float | None = None
+    softcap: float = 0.0
+    window: int = 0
 
     @property
     def group(self) -> int:
         """Query heads per key/value head."""
         return self.num // self.num_kv
+
+    @property
+    def factor(self) -> float:
+        """What q k^T is multiplied by."""
+        return self.dim**-0.5 if self.scale is None else self.scale
+
+    def is_plain(self, keys: int) -> bool:
+        """Whether nothing but causality bends or hides the scores of up to `keys` keys."""
+        return not self.softcap and (not self.window or self.window >= keys)
+
+    def reach(self, keys: int) -> int:
+        """Keys that one tile sees at most, of sequences of up to `keys`."""
+        return min(keys, self.window + max(self.window, _WINDOW_ROWS)) if self.window else keys
 
 
 def self_segments(lengths: Sequence[int]) -> list[Segment]:
@@ -80,7 +109,7 @@ class _Tile(NamedTuple):
 def _tiles(segments: Sequence[Segment], heads: Heads, capacity: int) -> Iterator[_Tile]:
     """Tiles whose scores fit in `capacity` elements: all kv heads at once where rows stay many."""
     for segment in segments:
-        num_keys = segment.k_stop - segment.k_start
+        num_keys = heads.reach(segment.k_stop - segment.k_start)
         num_queries = segment.q_stop - segment.q_start
         per_row = heads.group * num_keys
         # Enough rows for an efficient product, but half the queries at most, so that what lies
@@ -89,15 +118,24 @@ def _tiles(segments: Sequence[Segment], heads: Heads, capacity: int) -> Iterator
         wanted = max(1, min(-(-num_queries // 2), enough))
         kv_heads = max(1, min(heads.num_kv, capacity // max(1, per_row * wanted)))
         rows = max(1, min(max(wanted, num_queries // 4), capacity // (per_row * kv_heads)))
+        rows = min(rows, max(heads.window, _WINDOW_ROWS)) if heads.window else rows
         for q0 in range(segment.q_start, segment.q_stop, rows):
             q1 = min(q0 + rows, segment.q_stop)
             k1 = segment.k_stop - (segment.q_stop - q1)
+            k0 = segment.k_start
+            if heads.window:
+                k0 = max(k0, k1 - (q1 - q0) + 1 - heads.window)
             for h0 in range(0, heads.num_kv, kv_heads):
-                yield _Tile(q0, q1, segment.k_start, k1, h0, min(h0 + kv_heads, heads.num_kv))
+                yield _Tile(q0, q1, k0, k1, h0, min(h0 + kv_heads, heads.num_kv))
 
 
 def allocated_elements(
-    segments: Sequence[Segment], heads: Heads, dtype: torch.dtype, *, backward: bool
+    segments: Sequence[Segment],
+    heads: Heads,
+    dtype: torch.dtype,
+    capacity: int,
+    *,
+    backward: bool,
 ) -> int:
     """Elements that attention on a CPU allocates at most, beside the score buffers.
 
@@ -105,6 +143,7 @@ def allocated_elements(
         segments: of the batch, each a whole sequence.
         heads: the division into heads.
         dtype: of the computation.
+        capacity: elements of a score buffer.
         backward: whether keys' gradients are formed too.
 
     Returns:
@@ -112,10 +151,10 @@ def allocated_elements(
         the gradient of its keys.
     """
     keys = max(segment.k_stop - segment.k_start for segment in segments)
-    if available(dtype):
+    if available(dtype) and heads.is_plain(keys):
         return elements(keys, heads.num, heads.num_kv, heads.dim, backward=backward)
     most = 0
-    for tile in _tiles(segments, heads, score_elements(keys, heads.group)):
+    for tile in _tiles(segments, heads, capacity):
         kv_heads = tile.h1 - tile.h0
         rows = (tile.q1 - tile.q0) * kv_heads * heads.group * heads.dim
         per_key = (tile.k1 - tile.k0) * kv_heads * heads.dim if backward else 0
@@ -143,34 +182,45 @@ def _per_kv_head(x: Tensor, tile: _Tile, heads: Heads) -> Tensor:
     return keys[:, tile.h0 : tile.h1].transpose(0, 1)
 
 
-def _scores(q: Tensor, k: Tensor, buffer: Tensor) -> Tensor:
-    """`scale Q K^T` of a tile: `(kv heads, rows * group, keys)`."""
+def _scores(q: Tensor, k: Tensor, heads: Heads, buffer: Tensor) -> Tensor:
+    """S of a tile, `(kv heads, rows * group, keys)`; with a softcap c, `tanh(S / c)`."""
     shape = (q.shape[0], q.shape[1], k.shape[1])
     scores = buffer[: shape[0] * shape[1] * shape[2]].view(shape)
     # The scale goes into the product: a folded q can be a view of the caller's.
-    scale = q.shape[2] ** -0.5
-    return torch.baddbmm(scores, q, k.transpose(1, 2), beta=0.0, alpha=scale, out=scores)
+    scale = heads.factor / heads.softcap if heads.softcap else heads.factor
+    torch.baddbmm(scores, q, k.transpose(1, 2), beta=0.0, alpha=scale, out=scores)
+    return scores.tanh_() if heads.softcap else scores
 
 
-def _fill_future_(scores: Tensor, tile: _Tile, heads: Heads, value: float) -> None:
-    """Set what lies above the diagonal, in the last keys of the tile."""
-    count = tile.q1 - tile.q0
+def _fill_hidden_(scores: Tensor, tile: _Tile, heads: Heads, value: float) -> None:
+    """Set what lies above the diagonal, in the last keys of the tile, and what left the window."""
+    count, keys = tile.q1 - tile.q0, scores.shape[2]
     future = torch.ones(count, count, dtype=torch.bool, device=scores.device).triu_(1)
-    rows = scores.view(scores.shape[0], count, heads.group, scores.shape[2])
-    rows[:, :, :, scores.shape[2] - count :].masked_fill_(future.unsqueeze(1), value)
+    rows = scores.view(scores.shape[0], count, heads.group, keys)
+    rows[:, :, :, keys - count :].masked_fill_(future.unsqueeze(1), value)
+    if heads.window:
+        # The window of row i begins i keys after that of row 0, and the tile perhaps later still.
+        late = tile.k0 - (tile.k1 - count + 1 - heads.window)
+        left = torch.ones(count, min(count, keys), dtype=torch.bool, device=scores.device)
+        left.tril_(-1 - late)
+        rows[:, :, :, : left.shape[1]].masked_fill_(left.unsqueeze(1), value)
 
 
-def is_fused(q: Tensor, segments: Sequence[Segment]) -> bool:
-    """Whether the fused kernel takes these: whole sequences, on a CPU.
+def is_fused(q: Tensor, segments: Sequence[Segment], heads: Heads) -> bool:
+    """Whether the fused kernel takes these: whole sequences on a CPU, with no cap and no window.
 
     Args:
         q: queries, for their dtype and device.
         segments: which rows belong together.
+        heads: what happens to the scores.
 
     Returns:
         False where the tiles are used.
     """
-    whole = all(s.q_start == s.k_start and s.q_stop == s.k_stop for s in segments)
+    whole = all(
+        s.q_start == s.k_start and s.q_stop == s.k_stop and heads.is_plain(s.k_stop - s.k_start)
+        for s in segments
+    )
     return whole and q.device.type == "cpu" and available(q.dtype)
 
 
@@ -198,9 +248,9 @@ def attention_forward(
     Returns:
         `lse (T, num)`: T num elements, saved for the backward.
     """
-    if is_fused(q, segments):
+    if is_fused(q, segments, heads):
         spans = [(segment.q_start, segment.q_stop) for segment in segments]
-        return fused_forward(q, k, v, heads.dim, spans, out=out, scale=heads.dim**-0.5)
+        return fused_forward(q, k, v, heads.dim, spans, out=out, scale=heads.factor)
     return tiled_forward(q, k, v, heads, segments, out=out, score=score)
 
 
@@ -218,11 +268,13 @@ def tiled_forward(
     lse = q.new_empty(q.shape[0], heads.num)
     for tile in _tiles(segments, heads, score.numel()):
         keys, values = _per_kv_head(k, tile, heads), _per_kv_head(v, tile, heads)
-        p = _scores(_fold(q, tile, heads), keys, score)
-        _fill_future_(p, tile, heads, float("-inf"))
+        p = _scores(_fold(q, tile, heads), keys, heads, score)
+        if heads.softcap:
+            p.mul_(heads.softcap)
+        _fill_hidden_(p, tile, heads, float("-inf"))
         top = p.amax(-1, keepdim=True)
         exp_below_zero_(p.sub_(top))
-        _fill_future_(p, tile, heads, 0.0)
+        _fill_hidden_(p, tile, heads, 0.0)
         total = p.sum(-1, keepdim=True)
         folded = torch.bmm(p, values).div_(total)
         _unfold_into(folded, out, tile, heads)
@@ -259,10 +311,9 @@ def attention_backward(
         dv: `(T, num_kv * dim)`, overwritten.
         scores: two flat buffers as in the forward.
     """
-    if is_fused(q, segments):
+    if is_fused(q, segments, heads):
         spans = [(segment.q_start, segment.q_stop) for segment in segments]
-        scale = heads.dim**-0.5
-        fused_backward(do, q, k, v, o, lse, heads.dim, spans, dk=dk, dv=dv, scale=scale)
+        fused_backward(do, q, k, v, o, lse, heads.dim, spans, dk=dk, dv=dv, scale=heads.factor)
     else:
         tiled_backward(do, q, k, v, o, lse, heads, segments, dk=dk, dv=dv, scores=scores)
 
@@ -282,7 +333,7 @@ def tiled_backward(
     scores: Sequence[Tensor],
 ) -> None:
     """`attention_backward` in tiles, on any device and for any segments."""
-    scale = heads.dim**-0.5
+    scale = heads.factor
     dk.zero_()
     dv.zero_()
     delta = o.mul_(do).view(o.shape[0], heads.num, heads.dim).sum(-1)
@@ -290,13 +341,17 @@ def tiled_backward(
     for tile in _tiles(segments, heads, scores[0].numel()):
         keys, values = _per_kv_head(k, tile, heads), _per_kv_head(v, tile, heads)
         q_tile, do_tile = _fold(q, tile, heads), _fold(do, tile, heads)
-        p = _scores(q_tile, keys, scores[0])
+        p = _scores(q_tile, keys, heads, scores[0])
+        if heads.softcap:
+            p.mul_(heads.softcap)
         p.sub_(_fold(lse, tile, per_row))
-        _fill_future_(p, tile, heads, 0.0)  # a hidden score may exceed lse and overflow
+        _fill_hidden_(p, tile, heads, 0.0)  # a hidden score may exceed lse and overflow
         exp_below_zero_(p)
-        _fill_future_(p, tile, heads, 0.0)
+        _fill_hidden_(p, tile, heads, 0.0)
         _per_kv_head(dv, tile, heads).add_(torch.bmm(p.transpose(1, 2), do_tile))
         ds = torch.bmm(do_tile, values.transpose(1, 2), out=scores[1][: p.numel()].view(p.shape))
         ds.sub_(_fold(delta, tile, per_row)).mul_(p)
+        if heads.softcap:  # tanh again, where P was: a third score tile would cost more
+            ds.addcmul_(ds, _scores(q_tile, keys, heads, scores[0]).square_(), value=-1.0)
         _per_kv_head(dk, tile, heads).add_(torch.bmm(ds.transpose(1, 2), q_tile), alpha=scale)
         _unfold_into(torch.bmm(ds, keys).mul_(scale), q, tile, heads)

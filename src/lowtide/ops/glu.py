@@ -1,6 +1,8 @@
-"""SwiGLU MLP in tiles over the intermediate size: nothing `(T, I)` ever exists.
+"""Gated MLP in tiles over the intermediate size: nothing `(T, I)` ever exists.
 
-    G = n Wg^T + LoRA   U = n Wu^T + LoRA   act = silu(G) * U   y += act Wd^T + LoRA
+    G = n Wg^T + LoRA   U = n Wu^T + LoRA   act = f(G) * U   y += act Wd^T + LoRA
+
+f is one of ACTIVATIONS: silu (SwiGLU) or the tanh form of gelu (GeGLU).
 
 Each tile takes columns `[i, j)` of G, U and act: rows `[i, j)` of Wg, Wu and of their B, columns
 `[i, j)` of Wd and of its A. Sums over tiles of `act A_d^T`, `dG B_g` and `dU B_u` give h_down and
@@ -9,7 +11,8 @@ the two dh exactly. The down product itself is not needed in the backward and is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -28,12 +31,29 @@ from .lora_linear import (
 )
 
 
+class Activation(NamedTuple):
+    """An elementwise function: `forward(x, out=)`, and `backward(dy, x, grad_input=)`."""
+
+    forward: Callable[..., Tensor]
+    backward: Callable[..., Tensor]
+
+
+ACTIVATIONS = {
+    "silu": Activation(torch.ops.aten.silu.out, torch.ops.aten.silu_backward.grad_input),
+    "gelu_tanh": Activation(
+        partial(torch.ops.aten.gelu.out, approximate="tanh"),
+        partial(torch.ops.aten.gelu_backward.grad_input, approximate="tanh"),
+    ),
+}
+
+
 class Glu(NamedTuple):
-    """The three linears of the MLP."""
+    """The three linears of the MLP, and which of ACTIVATIONS is between them."""
 
     gate: Linear
     up: Linear
     down: Linear
+    activation: str = "silu"
 
 
 class GluBuffers(NamedTuple):
@@ -91,13 +111,14 @@ def glu_forward(
     """
     tokens = n.shape[0]
     down = mlp.down.lora
+    activate = ACTIVATIONS[mlp.activation].forward
     h_gate, h_up = _input_h(n, mlp.gate.lora), _input_h(n, mlp.up.lora)
     h_down = None if down is None else _down_h(n, down)
     for start, stop in spans(mlp.gate.weight.shape[0], buffers.width):
         gate, up, other = _activations(buffers, tokens, (start, stop), keep)[:3]
         _columns(n, mlp.gate, h_gate, (start, stop), buffers.tiles[0], gate)
         _columns(n, mlp.up, h_up, (start, stop), buffers.tiles[0], up)
-        act = torch.ops.aten.silu.out(gate, out=gate if keep is None else other).mul_(up)
+        act = activate(gate, out=gate if keep is None else other).mul_(up)
         out.addmm_(act, mlp.down.weight.cols(start, stop, buffers.tiles[0]).t())
         if down is not None and h_down is not None:
             h_down.addmm_(dropped(act, down, start), down.a[:, start:stop].t())
@@ -199,6 +220,7 @@ def glu_backward(
     """
     tokens = n.shape[0]
     dn.zero_()
+    activate, activate_backward = ACTIVATIONS[mlp.activation]
     gate_grads, up_grads = _Branch(n, mlp.gate), _Branch(n, mlp.up)
     down_grads = _Down(dy, mlp.down.lora)
     for start, stop in spans(mlp.gate.weight.shape[0], buffers.width):
@@ -212,10 +234,10 @@ def glu_backward(
         else:
             w_gate = mlp.gate.weight.rows(start, stop, buffers.tiles[0])
             w_up = mlp.up.weight.rows(start, stop, buffers.tiles[1])
-        down_grads.tile(torch.ops.aten.silu.out(gate, out=other).mul_(up), start, stop)
-        d_silu = torch.mul(dact, up, out=other)
-        d_up = torch.ops.aten.silu.out(gate, out=up).mul_(dact)  # cheaper than a fifth buffer
-        d_gate = torch.ops.aten.silu_backward.grad_input(d_silu, gate, grad_input=dact)
+        down_grads.tile(activate(gate, out=other).mul_(up), start, stop)
+        d_f = torch.mul(dact, up, out=other)
+        d_up = activate(gate, out=up).mul_(dact)  # cheaper than a fifth buffer
+        d_gate = activate_backward(d_f, gate, grad_input=dact)
         up_grads.tile(d_up, start, stop)
         gate_grads.tile(d_gate, start, stop)
         dn.addmm_(d_gate, w_gate).addmm_(d_up, w_up)

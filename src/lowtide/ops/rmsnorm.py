@@ -47,3 +47,18 @@ def rmsnorm_backward_(
     slope = scratch.mean(-1, keepdim=True).mul_(rstd).mul_(rstd).mul_(rstd)
     dx.addcmul_(g, rstd)
     dx.addcmul_(x, slope, value=-1.0)
+
+
+def rmsnorm_gradient(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, *, out: Tensor) -> None:
+    """Write the input gradient to `out`; needs no scratch, and leaves all else as it was.
+
+    Args:
+        dy: `(T, H)`.
+        x: `(T, H)`, the forward's input.
+        weight: `(H,)`.
+        rstd: `(T, 1)` from the forward.
+        out: `(T, H)`, overwritten; may be `dy`.
+    """
+    torch.mul(dy, weight, out=out)
+    slope = torch.einsum("th,th->t", out, x).unsqueeze(1).mul_(rstd**3 / x.shape[1])
+    out.mul_(rstd).addcmul_(x, slope, value=-1.0)

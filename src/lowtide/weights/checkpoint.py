@@ -114,6 +114,19 @@ class Checkpoint:
             return self.storage.name
         return dtype_name(self._tensors[name].dtype)
 
+    def bytes_by_storage(self, names: Iterable[str]) -> dict[str, int]:
+        """Bytes of the tensors of these names, by storage or dtype."""
+        found: dict[str, int] = {}
+        for name in names:
+            parts = [name] if name in self._tensors else self._parts(name)
+            size = sum(self._tensors[part].nbytes for part in parts)
+            found[self.stored_as(name)] = found.get(self.stored_as(name), 0) + size
+        return found
+
+    def _parts(self, name: str) -> list[str]:
+        """What a quantised matrix is stored as."""
+        return [other for other in self._tensors if other.rpartition(".")[0] == name]
+
     def matrix(self, name: str, shape: tuple[int, int], compute_dtype: torch.dtype) -> StoredMatrix:
         """The `(out, in)` matrix of that name, which `check` has found to be there."""
         if self.storage is None:

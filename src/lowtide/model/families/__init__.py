@@ -1,4 +1,4 @@
-"""The registry of model families: `model_type` of config.json -> a function to `ModelSpec`.
+"""The registry of model families: `model_type` of config.json -> how it becomes a `ModelSpec`.
 
 A new family is one file here and one line in FAMILIES.
 """
@@ -6,7 +6,7 @@ A new family is one file here and one line in FAMILIES.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,33 @@ from lowtide.errors import ModelError
 from lowtide.model.spec import ModelSpec
 from lowtide.weights.manifest import PARTIAL_FILE
 
-from .llama import llama_spec
-from .qwen2 import qwen2_spec
+from .common import Family
+from .gemma import GEMMA, GEMMA2, GEMMA3, GEMMA3_TEXT
+from .granite import GRANITE
+from .llama import LLAMA
+from .mistral import MISTRAL
+from .olmo2 import OLMO2
+from .phi3 import PHI3
+from .qwen2 import QWEN2
+from .qwen3 import QWEN3
+from .smollm3 import SMOLLM3
 
-FAMILIES: dict[str, Callable[[Mapping[str, Any]], ModelSpec]] = {
-    "llama": llama_spec,
-    "qwen2": qwen2_spec,
+FAMILIES: dict[str, Family] = {
+    "gemma": GEMMA,
+    "gemma2": GEMMA2,
+    "gemma3": GEMMA3,
+    "gemma3_text": GEMMA3_TEXT,
+    "granite": GRANITE,
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "olmo2": OLMO2,
+    "phi3": PHI3,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "smollm3": SMOLLM3,
 }
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
+_SENSES = ("vision_config", "audio_config", "speech_config", "video_config")
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -76,7 +96,21 @@ def spec_from_config(raw: Mapping[str, Any]) -> ModelSpec:
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ModelError(
-            f"model_type {model_type!r} is not supported; lowtide knows "
+            f"model_type {model_type!r} is not supported{_what_it_is(raw)}; lowtide knows "
             f"{', '.join(sorted(FAMILIES))}. See CONTRIBUTING.md, 'Add a family'."
         )
-    return FAMILIES[model_type](raw)
+    return FAMILIES[model_type].spec(raw)
+
+
+def _what_it_is(raw: Mapping[str, Any]) -> str:
+    """What kind of model this is, where it is one that no family here could describe."""
+    text = raw.get("text_config")
+    fields = {**(text if isinstance(text, Mapping) else {}), **raw}
+    kinds = []
+    if any(isinstance(fields.get(name), int) and fields[name] > 1 for name in _EXPERTS):
+        kinds.append("a mixture of experts, whose MLP differs from token to token")
+    if any(fields.get(name) for name in _SENSES):
+        kinds.append("a multimodal model, of which lowtide would train the text decoder alone")
+    if fields.get("is_encoder_decoder"):
+        kinds.append("an encoder with a decoder")
+    return f" (it is {' and '.join(kinds)})" if kinds else ""

@@ -1,36 +1,15 @@
-"""Reading config.json: every field is used, known to be harmless, or refused by name."""
+"""What families share: the fields of a Llama-like decoder, windows, and tiny examples."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from lowtide.errors import ModelError, listed
-from lowtide.model.spec import LINEARS, ModelSpec, RopeSpec
+from lowtide.model.spec import LayerSpec, ModelSpec, RopeSpec
 from lowtide.weights.manifest import STORAGE_KEY
 
-# Fields that say nothing about the function, or only about training from scratch or decoding.
-HARMLESS = frozenset(
-    """
-    _name_or_path architectures auto_map attn_implementation bad_words_ids begin_suppress_tokens
-    bos_token_id chunk_size_feed_forward decoder_start_token_id diversity_penalty do_sample dtype
-    early_stopping eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id
-    forced_eos_token_id id2label initializer_range label2id length_penalty max_length
-    max_window_layers min_length model_type no_repeat_ngram_size num_beam_groups num_beams
-    num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix
-    pretraining_tp problem_type remove_invalid_values repetition_penalty return_dict
-    return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature
-    tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p
-    unsloth_fixed unsloth_version use_cache use_bfloat16
-    """.split()
-)
-USED = frozenset(
-    """
-    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
-    num_key_value_heads head_dim rms_norm_eps max_position_embeddings tie_word_embeddings
-    rope_theta rope_scaling rope_parameters hidden_act
-    """.split()
-)
+from .reader import ConfigReader
+
 _REQUIRED = (
     "vocab_size",
     "hidden_size",
@@ -39,133 +18,120 @@ _REQUIRED = (
     "num_attention_heads",
 )
 _MOST_LAYERS = 10_000
-_ROPE_FIELDS = {
-    "default": frozenset({"rope_theta"}),
-    "linear": frozenset({"rope_theta", "factor"}),
-    "llama3": frozenset(
-        {
-            "rope_theta",
-            "factor",
-            "low_freq_factor",
-            "high_freq_factor",
-            "original_max_position_embeddings",
-        }
-    ),
-}
-Check = Callable[[Any], bool]
+GELU_TANH = ("gelu_pytorch_tanh", "gelu_tanh")
 
 
-class ConfigReader:
-    """Reads fields of one config.json and collects every problem before raising once."""
+class Family(NamedTuple):
+    """A model family.
 
-    def __init__(self, raw: Mapping[str, Any]) -> None:
-        """Wrap a parsed config.json."""
-        self.raw = raw
-        self.problems: list[str] = []
+    Attributes:
+        spec: from a parsed config.json to a `ModelSpec`; raises `ModelError` for what differs.
+        examples: configs of tiny models with odd shapes, between them with all that the family can
+            do. The conformance tests hold each to transformers.
+    """
 
-    def number(self, name: str, default: float | None = None) -> float:
-        """A finite positive number; a missing one without default is a problem."""
-        value = self.raw.get(name)
-        value = default if value is None else value
-        if value is None:
-            self.problems.append(f"{name} is missing")
-            return 1.0
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e18:
-            self.problems.append(f"{name} = {value!r} (expected a positive number)")
-            return 1.0
-        return float(value)
+    spec: Callable[[Mapping[str, Any]], ModelSpec]
+    examples: Sequence[Mapping[str, Any]]
 
-    def integer(self, name: str, default: int | None = None) -> int:
-        """A positive integer; a missing one without default is a problem."""
-        value = self.number(name, default)
-        if value != int(value):
-            self.problems.append(f"{name} = {value!r} (expected an integer)")
-        return max(1, int(value))
 
-    def flag(self, name: str, default: bool) -> bool:
-        """A boolean."""
-        value = self.raw.get(name)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            self.problems.append(f"{name} = {value!r} (expected true or false)")
-            return default
-        return value
+class Sizes(NamedTuple):
+    """The sizes that every config.json has."""
 
-    def refuse_unless(self, name: str, supported: Check, expected: str) -> None:
-        """Record a problem when the field is there and its value is not supported."""
-        if name in self.raw and not supported(self.raw[name]):
-            self.problems.append(f"{name} = {self.raw[name]!r} (supported: {expected})")
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
 
-    def refuse_unknown(self, known: Iterable[str]) -> None:
-        """Record fields that nobody reads and that are set to something."""
-        known = set(known) | USED | HARMLESS
-        for name, value in self.raw.items():
-            neutral = value is None or value is False or value == [] or value == {}
-            if name not in known and not name.startswith("_") and not neutral:
-                self.problems.append(f"{name} = {value!r} is not a field that lowtide knows")
 
-    def rope(self, max_positions: int, default_theta: float) -> RopeSpec:
-        """Both spellings: `rope_theta` with `rope_scaling`, and `rope_parameters`."""
-        nested = self.raw.get("rope_parameters") or self.raw.get("rope_scaling") or {}
-        if not isinstance(nested, Mapping):
-            self.problems.append(f"rope_scaling = {nested!r} (expected an object)")
-            nested = {}
-        kind = nested.get("rope_type") or nested.get("type") or "default"
-        if not isinstance(kind, str) or kind not in _ROPE_FIELDS:
-            self.problems.append(
-                f"rope type {kind!r} (supported: {', '.join(sorted(_ROPE_FIELDS))})"
-            )
-            return RopeSpec(default_theta)
-        inner = ConfigReader(nested)
-        for name, value in nested.items():
-            if name not in _ROPE_FIELDS[kind] | {"rope_type", "type"} and value is not None:
-                self.problems.append(f"rope field {name} = {value!r} is not one of type {kind!r}")
-        theta = nested.get("rope_theta")
-        spec = RopeSpec(
-            theta=inner.number("rope_theta") if theta else self.number("rope_theta", default_theta),
-            kind=kind,
-            factor=inner.number("factor") if kind != "default" else 1.0,
+def read_sizes(reader: ConfigReader, *, max_positions: int, head_dim: int | None = None) -> Sizes:
+    """Sizes, and the settings that no family supports.
+
+    Args:
+        reader: the config.
+        max_positions: what a missing `max_position_embeddings` means.
+        head_dim: what a missing `head_dim` means; None divides the hidden size by the heads.
+
+    Returns:
+        The sizes; problems are recorded in the reader.
+
+    Raises:
+        ModelError: the number of layers is not sensible.
+    """
+    reader.refuse_set("attention_dropout", "use_bidirectional_attention")
+    reader.refuse_unless(
+        "quantization_config",
+        lambda v: not v or (isinstance(v, Mapping) and STORAGE_KEY in v),
+        "none but that of `lowtide quantize`; give unquantised weights",
+    )
+    vocab, hidden, inner, layers, heads = (reader.integer(name) for name in _REQUIRED)
+    if layers > _MOST_LAYERS:
+        reader.problems.append(f"num_hidden_layers = {layers} is not sensible")
+        reader.finish()
+    kv_heads = reader.integer("num_key_value_heads", heads)
+    if heads % kv_heads:
+        reader.problems.append(
+            f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}"
         )
-        if kind == "llama3":
-            spec = RopeSpec(
-                theta=spec.theta,
-                kind=kind,
-                factor=spec.factor,
-                low_freq_factor=inner.number("low_freq_factor"),
-                high_freq_factor=inner.number("high_freq_factor"),
-                original_max_positions=inner.integer(
-                    "original_max_position_embeddings", max_positions
-                ),
-            )
-        self.problems += inner.problems
-        return spec
+    if head_dim is None and reader.get("head_dim") is None and hidden % heads:
+        reader.problems.append(
+            f"hidden_size = {hidden} is not a multiple of num_attention_heads = {heads}, and "
+            "there is no head_dim"
+        )
+    dim = reader.integer("head_dim", head_dim or max(1, hidden // heads))
+    positions = reader.integer("max_position_embeddings", max_positions)
+    return Sizes(vocab, hidden, inner, layers, heads, kv_heads, dim, positions)
 
-    def finish(self) -> None:
-        """Raise once with everything that was found.
 
-        Raises:
-            ModelError: at least one problem was recorded.
-        """
-        if self.problems:
-            raise ModelError(
-                f"config.json (model_type {self.raw.get('model_type')!r}) asks for what lowtide "
-                f"does not support or cannot read:\n{listed(self.problems)}\nlowtide never ignores "
-                "a setting that may change the model's function. If a field has no effect on this "
-                "model, remove it from a copy of config.json."
-            )
+def one_rope(
+    reader: ConfigReader, sizes: Sizes, theta: float = 10_000.0, *, partial: bool = False
+) -> tuple[RopeSpec, ...]:
+    """The rotary table of a model that has one.
+
+    Args:
+        reader: the config; problems are recorded.
+        sizes: of the model.
+        theta: what a missing `rope_theta` means.
+        partial: whether the family may rotate a part of each head.
+
+    Returns:
+        One table.
+    """
+    found = reader.ropes()
+    if not partial:
+        whole = found.get("partial_rotary_factor") in (None, 1)
+        share = found if not whole else reader.raw
+        if share.get("partial_rotary_factor") not in (None, 1):
+            value = share["partial_rotary_factor"]
+            reader.problems.append(f"partial_rotary_factor = {value!r} (supported: 1)")
+            found = {**found, "partial_rotary_factor": 1}
+    theta = reader.number("rope_theta", theta)
+    return (reader.rope(sizes.max_positions, sizes.head_dim, theta, found),)
 
 
 def decoder_spec(
-    reader: ConfigReader, *, biased: Iterable[str], default_positions: int, known: Iterable[str]
+    reader: ConfigReader,
+    sizes: Sizes,
+    *,
+    ropes: tuple[RopeSpec, ...],
+    layers: Sequence[LayerSpec] | None = None,
+    tied: bool = False,
+    eps: float = 1e-6,
+    **parts: Any,
 ) -> ModelSpec:
-    """The fields that all Llama-like decoders share.
+    """Put a spec together, and raise for all that was found wrong on the way.
 
     Args:
-        reader: the config; its problems are raised here.
-        biased: which of LINEARS carry a bias.
-        default_positions: what a missing `max_position_embeddings` means.
-        known: further fields that the family has looked at.
+        reader: the config; fields that nobody has read by now are refused.
+        sizes: from `read_sizes`.
+        ropes: rotary tables.
+        layers: what attention does in each block; None lets all see everything with table 0.
+        tied: what a missing `tie_word_embeddings` means.
+        eps: what a missing `rms_norm_eps` means.
+        **parts: further fields of `ModelSpec`.
 
     Returns:
         The spec.
@@ -173,56 +139,79 @@ def decoder_spec(
     Raises:
         ModelError: lists every field that is missing, malformed or not supported.
     """
-    reader.refuse_unless("hidden_act", lambda v: v in ("silu", "swish"), "silu")
-    reader.refuse_unless("attention_dropout", lambda v: not v, "0")
-    reader.refuse_unless("partial_rotary_factor", lambda v: v in (None, 1, 1.0), "1")
-    reader.refuse_unless(
-        "quantization_config",
-        lambda v: not v or (isinstance(v, Mapping) and STORAGE_KEY in v),
-        "none but that of `lowtide quantize`; give unquantised weights",
-    )
-    reader.refuse_unless("sliding_window_pattern", lambda v: v is None, "none")
-    reader.refuse_unless(
-        "layer_types",
-        lambda v: v is None or (isinstance(v, list) and all(one == "full_attention" for one in v)),
-        "full_attention in every layer",
-    )
-    looked_at = ("attention_dropout", "partial_rotary_factor", "quantization_config", "layer_types")
-    reader.refuse_unknown({*looked_at, *known})
-    sizes = {name: reader.integer(name) for name in _REQUIRED}
-    if sizes["num_hidden_layers"] > _MOST_LAYERS:
-        reader.problems.append(f"num_hidden_layers = {sizes['num_hidden_layers']} is not sensible")
-        reader.finish()
-    heads = sizes["num_attention_heads"]
-    kv_heads = reader.integer("num_key_value_heads", heads)
-    if heads % kv_heads:
-        reader.problems.append(
-            f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}"
+    if not reader.has_read("layer_types"):
+        reader.refuse_unless(
+            "layer_types",
+            lambda v: v is None or (isinstance(v, list) and all(k == "full_attention" for k in v)),
+            "full_attention in every layer",
         )
-    if reader.raw.get("head_dim") is None and sizes["hidden_size"] % heads:
-        reader.problems.append(
-            f"hidden_size = {sizes['hidden_size']} is not a multiple of num_attention_heads = "
-            f"{heads}, and there is no head_dim"
-        )
-    head_dim = reader.integer("head_dim", max(1, sizes["hidden_size"] // heads))
-    if head_dim % 2:
-        reader.problems.append(f"head_dim = {head_dim} is odd; rotary embeddings need pairs")
-    max_positions = reader.integer("max_position_embeddings", default_positions)
+    if "activation" not in parts:
+        reader.refuse_unless("hidden_act", lambda v: v in ("silu", "swish"), "silu")
     spec = ModelSpec(
         model_type=str(reader.raw["model_type"]),
-        vocab_size=sizes["vocab_size"],
-        hidden_size=sizes["hidden_size"],
-        intermediate_size=sizes["intermediate_size"],
-        num_layers=sizes["num_hidden_layers"],
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        rms_norm_eps=reader.number("rms_norm_eps", 1e-6),
-        rope=reader.rope(max_positions, default_theta=10_000.0),
-        max_positions=max_positions,
-        tied_head=reader.flag("tie_word_embeddings", False),
-        biased=frozenset(biased),
+        vocab_size=sizes.vocab_size,
+        hidden_size=sizes.hidden_size,
+        intermediate_size=sizes.intermediate_size,
+        num_heads=sizes.num_heads,
+        num_kv_heads=sizes.num_kv_heads,
+        head_dim=sizes.head_dim,
+        layers=tuple(layers or [LayerSpec()] * sizes.num_layers),
+        ropes=ropes,
+        rms_norm_eps=reader.number("rms_norm_eps", eps),
+        max_positions=sizes.max_positions,
+        tied_head=reader.flag("tie_word_embeddings", tied),
+        **parts,
     )
-    assert spec.biased <= set(LINEARS)
     reader.finish()
     return spec
+
+
+def switched_windows(
+    reader: ConfigReader, sizes: Sizes, usual: Callable[[int], bool], default: int = 0
+) -> list[LayerSpec]:
+    """Layers where `use_sliding_window` turns windows on.
+
+    Args:
+        reader: the config; problems are recorded.
+        sizes: of the model.
+        usual: which layers slide where `layer_types` does not say.
+        default: what a missing `sliding_window` means; 0 is none.
+
+    Returns:
+        What each layer does.
+    """
+    window = reader.window(default)
+    if not reader.flag("use_sliding_window", False):
+        window = 0
+    slides = reader.sliding(sizes.num_layers, lambda layer: bool(window) and usual(layer))
+    if any(slides) and not window:
+        reader.problems.append(
+            "layer_types has sliding_attention, and there is no window (use_sliding_window and "
+            "sliding_window)"
+        )
+    return [LayerSpec(window if slides[layer] else 0) for layer in range(sizes.num_layers)]
+
+
+def biased(reader: ConfigReader, field: str, *names: str) -> list[str]:
+    """The names of projections that carry a bias where the field says so."""
+    return list(names) if reader.flag(field, False) else []
+
+
+def tiny(**changes: Any) -> dict[str, Any]:
+    """A tiny config with odd sizes: nothing divides anything that need not."""
+    return {
+        "vocab_size": 131,
+        "hidden_size": 45,
+        "intermediate_size": 74,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 5,
+        "num_key_value_heads": 1,
+        "head_dim": 6,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        **changes,
+    }

@@ -3,7 +3,6 @@
 import os
 
 from lowtide.cores import spin_count
-from lowtide.memory.heap import fix_thresholds
 
 # Read by the OpenMP runtime when torch loads it: threads spin for a while, then sleep.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -13,9 +12,8 @@ if "GOMP_SPINCOUNT" not in os.environ:
 # per kind of product, 1 to 7 MB that nobody else could use.
 os.environ.setdefault("MKL_DISABLE_FAST_MM", "1")
 
-fix_thresholds()
-
 from lowtide.infer.generate import generate, logits
+from lowtide.memory.heap import fix_thresholds
 from lowtide.memory.measure import mark_import
 from lowtide.methods import gradients
 from lowtide.model.adapter import Adapter, LoraConfig
@@ -37,4 +35,5 @@ __all__ = [
     "train",
 ]
 
+fix_thresholds()
 mark_import()

@@ -14,12 +14,11 @@ from lowtide.bench import paper, peer_child
 from lowtide.bench.case import Case
 from lowtide.bench.child import SkippedError, flags_of, run_child
 from lowtide.bench.convergence import curves, run_convergence
-from lowtide.bench.paper import PaperSettings, paper_cases
+from lowtide.bench.paper import MODELS, PaperSettings, paper_cases
 from lowtide.bench.peers import peer_cases, run_peer
 from lowtide.bench.predict import needed_bytes
 from lowtide.bench.quality_case import QualitySettings
 from lowtide.bench.results import GROUPS, label
-from lowtide.bench.shapes import SHAPES
 from lowtide.bench.step import BenchStepSettings
 from lowtide.config import build, from_command_line, parser_for
 from lowtide.errors import ConfigError
@@ -44,7 +43,8 @@ def test_the_full_run_holds_the_papers_tables() -> None:
     assert {label(s) for s in by_group["models"]} == {"mesp", "mebp sweep", "mebp full", "mezo"}
     assert {s["seq_len"] for s in by_group["models"]} == {256}
     assert ("qwen2.5-3b", "mesp store-h") in {(s["shape"], label(s)) for s in by_group["store_h"]}
-    sizes = [SHAPES.index(case.settings["shape"] or SHAPES[0]) for case in cases]
+    order = list(MODELS.values())
+    sizes = [order.index(case.settings["shape"] or order[0]) for case in cases]
     assert sizes == sorted(sizes)  # what takes hours comes last
 
 

@@ -10,6 +10,7 @@ changes no bit where heads are whole vector registers wide.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import NamedTuple
@@ -76,6 +77,21 @@ def _add_per_head(into: Tensor, grad: Tensor, some: _Heads) -> None:
         into[0, some.h0 + head // each].add_(one)
 
 
+def _split_scale(scale: float) -> tuple[float, float]:
+    """A factor for q and a power of two for the kernel, whose product is the scale.
+
+    The kernel scales scores before rounding in its backward and after it in its forward: unless
+    that is exact, gradients of peaked scores are several times as far off.
+    """
+    mantissa, exponent = math.frexp(scale)
+    return 2.0 * mantissa, 2.0 ** (exponent - 1)
+
+
+def _scaled(q: Tensor, factor: float) -> Tensor:
+    """`q` times the factor; itself where that is 1, as for heads of 16 or 64."""
+    return q if factor == 1.0 else q * factor
+
+
 def elements(length: int, num: int, num_kv: int, dim: int, *, backward: bool) -> int:
     """Elements allocated at most for a sequence of `length` tokens.
 
@@ -87,8 +103,8 @@ def elements(length: int, num: int, num_kv: int, dim: int, *, backward: bool) ->
         backward: whether gradients are formed.
 
     Returns:
-        The output of some heads, or the gradients of their q, k and v; and the kernel's own
-        buffers of scores per thread.
+        The scaled q of some heads and their output, or the gradients of their q, k and v; and the
+        kernel's own buffers of scores per thread.
     """
     chunks = list(_chunks(num_kv, num // num_kv))
     most = max(some.q1 - some.q0 for some in chunks)
@@ -96,8 +112,8 @@ def elements(length: int, num: int, num_kv: int, dim: int, *, backward: bool) ->
     rows = 256 if length >= 768 else 64 if length >= 192 else 32  # the kernel's tiles of queries
     scores = torch.get_num_threads() * min(rows, length) * (min(512, length) + dim)
     if backward:
-        return length * (3 * most + repeated) * dim + 2 * scores
-    return length * (most + repeated) * dim + scores
+        return length * (4 * most + repeated) * dim + 2 * scores
+    return length * (2 * most + repeated) * dim + scores
 
 
 def _per_head(x: Tensor, start: int, stop: int, dim: int) -> Tensor:
@@ -131,12 +147,15 @@ def fused_forward(
     """
     num_kv = k.shape[1] // dim
     group = q.shape[1] // k.shape[1]
+    factor, power = _split_scale(scale)
     lse = q.new_empty(q.shape[0], num_kv * group)
     for start, stop in spans:
         q_i, k_i, v_i, o_i = (_per_head(t, start, stop, dim) for t in (q, k, v, out))
         for some in _chunks(num_kv, group):
             heads = slice(some.q0, some.q1)
-            o, sums = _forward(q_i[:, heads], _repeated(k_i, some), _repeated(v_i, some), scale)
+            o, sums = _forward(
+                _scaled(q_i[:, heads], factor), _repeated(k_i, some), _repeated(v_i, some), power
+            )
             o_i[:, heads].copy_(o)
             lse[start:stop, heads].copy_(sums[0].t())
     return lse
@@ -173,6 +192,7 @@ def fused_backward(
     """
     num_kv = k.shape[1] // dim
     group = q.shape[1] // k.shape[1]
+    factor, power = _split_scale(scale)
     dk.zero_()
     dv.zero_()
     for start, stop in spans:
@@ -182,10 +202,10 @@ def fused_backward(
         for some in _chunks(num_kv, group):
             heads = slice(some.q0, some.q1)
             found = _backward(
-                do_i[:, heads], q_i[:, heads], _repeated(k_i, some), _repeated(v_i, some),
-                o_i[:, heads], sums[:, heads], scale,
+                do_i[:, heads], _scaled(q_i[:, heads], factor), _repeated(k_i, some),
+                _repeated(v_i, some), o_i[:, heads], sums[:, heads], power,
             )  # fmt: skip
-            q_i[:, heads].copy_(found[0])
+            torch.mul(found[0], factor, out=q_i[:, heads])
             _add_per_head(dk_i, found[1], some)
             _add_per_head(dv_i, found[2], some)
 

@@ -8,19 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tiny_tokenizer import CHATML, write_tiny
 
 from lowtide import data
 from lowtide.data.prepare import PrepareRequest
 from lowtide.data.tokenizer import Tokenizer as LowtideTokenizer
 
 ASSETS = Path(__file__).resolve().parents[2] / ".." / "shared" / "assets"
-CHATML = (
-    "{% for message in messages %}"
-    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 @pytest.fixture(scope="session")
@@ -80,22 +74,6 @@ def tiny(tiny_directory: Path) -> LowtideTokenizer:
 def tiny_plain(tmp_path: Path) -> LowtideTokenizer:
     """The same without a chat template."""
     return LowtideTokenizer.load(write_tiny(tmp_path / "tiny-plain", None))
-
-
-def write_tiny(directory: Path, template: str | None) -> Path:
-    directory.mkdir()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    specials = ("<eos>", "<|im_start|>", "<|im_end|>")
-    backend.add_special_tokens([AddedToken(name, special=True) for name in specials])
-    backend.save(str(directory / "tokenizer.json"))
-    config: dict[str, object] = {"bos_token": None, "eos_token": {"content": "<eos>"}}
-    if template is not None:
-        config["chat_template"] = template
-    (directory / "tokenizer_config.json").write_text(json.dumps(config))
-    return directory
 
 
 @pytest.fixture

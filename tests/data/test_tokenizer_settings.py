@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CHATML, write_tiny
 from family_tokenizers import Family, families
+from tiny_tokenizer import CHATML, write_tiny
 
 from lowtide.data.encode import Encoder
 from lowtide.data.formats import PromptRecord, TextRecord

@@ -22,11 +22,11 @@ from lowtide.check.conformance import (
     Errors,
     Example,
     labels_of,
-    planned_and_measured,
     random_adapter,
     random_ids,
     relative,
 )
+from lowtide.check.planned import planned_and_measured
 from lowtide.errors import ModelError
 from lowtide.methods import MethodOptions, Step, get_method
 from lowtide.methods.buffers import Buffers

@@ -15,7 +15,8 @@ import torch
 
 from lowtide.model.families import FAMILIES
 
-from .conformance import GREEDY, Errors, Example, measure, planned_and_measured
+from .conformance import GREEDY, Errors, Example, measure
+from .planned import planned_and_measured
 
 _START, _END = "<!-- table -->", "<!-- end of table -->"
 _HEADER = (

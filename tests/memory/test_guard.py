@@ -19,7 +19,8 @@ from lowtide.bench.child import flags_of
 from lowtide.cli.main import main
 from lowtide.config import build
 from lowtide.errors import BudgetError, ConfigError, TrainingError
-from lowtide.memory.plan import Workload, candidates, choose, lossy, predict
+from lowtide.memory.choice import candidates, choose, lossy
+from lowtide.memory.plan import Workload, predict
 from lowtide.methods import MethodOptions, get_method
 from lowtide.model.adapter import LoraConfig
 from lowtide.model.families import spec_from_config

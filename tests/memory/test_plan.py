@@ -19,7 +19,8 @@ import lowtide as lt
 from lowtide.bench.child import flags_of
 from lowtide.cli.main import main
 from lowtide.errors import ConfigError
-from lowtide.memory.plan import PLANNED, Plan, Workload, candidates, choose, predict
+from lowtide.memory.choice import candidates, choose
+from lowtide.memory.plan import PLANNED, Plan, Workload, predict
 from lowtide.methods.options import MethodOptions
 from lowtide.model.adapter import LoraConfig
 from lowtide.model.families import spec_from_config

@@ -5,14 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from lowtide.memory.plan import (
-    Plan,
-    Workload,
-    accumulated_bytes,
-    chosen,
-    lossy,
-    optimizer_bytes,
-)
+from lowtide.memory.choice import chosen, lossy
+from lowtide.memory.plan import Plan, Workload, accumulated_bytes, optimizer_bytes
 from lowtide.train.budget import PlanSettings, Question
 from lowtide.train.run import open_model
 

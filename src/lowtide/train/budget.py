@@ -11,8 +11,9 @@ from lowtide.config import build, setting
 from lowtide.errors import BudgetError, ConfigError
 from lowtide.memory import measure
 from lowtide.memory.available import available_bytes
+from lowtide.memory.choice import candidates, choose, longest_that_fits
 from lowtide.memory.measure import read_memory
-from lowtide.memory.plan import Plan, Workload, candidates, choose, longest_that_fits, predict
+from lowtide.memory.plan import Plan, Workload, predict
 from lowtide.methods import MethodOptions
 from lowtide.model.decoder import Decoder
 from lowtide.sizes import size_in_bytes

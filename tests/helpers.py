@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import lowtide as lt
-from lowtide.model.decoder import Decoder
+from lowtide.check.conformance import hf_logits as hf_logits
+from lowtide.check.conformance import random_adapter as random_adapter
+from lowtide.check.conformance import relative as relative
 from lowtide.weights.matrix import MappedMatrix
 
 ASSETS = Path(__file__).resolve().parents[1] / ".." / "shared" / "assets"
@@ -98,12 +99,6 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Ten
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def relative(ours: Tensor, truth: Tensor) -> float:
-    """Norm of the difference over the norm of the truth."""
-    ours, truth = ours.detach().double(), truth.detach().double()
-    return float((ours - truth).norm() / truth.norm().clamp_min(1e-300))
-
-
 def assert_noise_floor(
     ours: Tensor, naive: Tensor, truth: Tensor, magnitude: Tensor | float
 ) -> None:
@@ -174,13 +169,6 @@ def hf_model(directory: Path, dtype: torch.dtype) -> Any:
     return model.eval()
 
 
-def hf_logits(model: Any, ids: Sequence[int]) -> Tensor:
-    """Logits `(T, V)` of one sequence."""
-    with torch.no_grad():
-        logits: Tensor = model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
-    return logits
-
-
 @contextmanager
 def float64_throughout() -> Iterator[None]:
     """Let transformers keep float64 where it insists on float32: RMSNorm and eager softmax.
@@ -201,16 +189,6 @@ def float64_throughout() -> Iterator[None]:
         for kind in (LlamaRMSNorm, Qwen2RMSNorm):
             patch.setattr(kind, "forward", norm)
         yield
-
-
-def random_adapter(model: Decoder, config: lt.LoraConfig, seed: int = 1) -> lt.Adapter:
-    """An adapter whose B is not zero, or no gradient would reach A. Values are exact in float32."""
-    adapter = lt.Adapter.create(model, config, seed=seed)
-    generator = torch.Generator().manual_seed(seed + 1)
-    for name, parameter in adapter.items():
-        if ".lora_B." in name:
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return adapter
 
 
 def random_batch(

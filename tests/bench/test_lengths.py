@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -78,12 +79,12 @@ def test_time_is_put_where_it_was_spent(
 
     plain = split._Timed.__torch_dispatch__
 
-    def slow(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        frame = split.sys._getframe(1)
+    def slow(self, func, types, args=(), kwargs=None):
+        frame = sys._getframe(1)
         while frame is not None and not frame.f_code.co_filename.endswith(watched):
             frame = frame.f_back
 
-        def later(*given, **named):  # type: ignore[no-untyped-def]
+        def later(*given, **named):
             if frame is not None:
                 time.sleep(0.003)
             return func(*given, **named)
@@ -100,10 +101,10 @@ def test_time_is_put_where_it_was_spent(
 class _Named:
     """A function that is printed as an operation is."""
 
-    def __init__(self, call, name: str) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, call, name: str) -> None:
         self._call, self._name = call, name
 
-    def __call__(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+    def __call__(self, *args, **kwargs):
         return self._call(*args, **kwargs)
 
     def __str__(self) -> str:

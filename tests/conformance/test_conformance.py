@@ -86,7 +86,7 @@ def test_every_exact_way_gives_autograds_gradients(example: Example) -> None:
     batch = lt.Batch.from_sequences(ids, labels_of(ids))
     truth = lt.gradients(model, adapter, batch, "autograd", dropout_seed=7).grads
     for way, (name, options) in WAYS.items():
-        method = get_method(name, MethodOptions(**options))  # type: ignore[arg-type]
+        method = get_method(name, MethodOptions(**options))
         ours = lt.gradients(model, adapter, batch, method, dropout_seed=7).grads
         assert max(relative(ours[n], grad) for n, grad in truth.items()) <= EXACT, way
 
@@ -205,8 +205,8 @@ def test_the_made_up_family_is_one_file_and_takes_part(request: pytest.FixtureRe
     source = Path(made_up.__file__).parents[2] / "src"
     assert not any(made_up.NAME in path.read_text() for path in source.rglob("*.py"))
     here = [item for item in request.session.items if item.path == request.path]
-    over = {item.function.__name__ for item in here if hasattr(item, "callspec")}  # type: ignore[attr-defined]
-    on_it = {item.function.__name__ for item in here if made_up.NAME in item.name}  # type: ignore[attr-defined]
+    over = {item.function.__name__ for item in here if hasattr(item, "callspec")}
+    on_it = {item.function.__name__ for item in here if made_up.NAME in item.name}
     assert on_it == over
 
 

@@ -54,7 +54,7 @@ def test_sixteen_bit_norms_and_embedding_scale_in_float32(name: str, tmp_path: P
     rounded = _changed(model, embedding_scale=scale)
     assert relative(lt.logits(rounded, None, ids), truth) > 1e-5
     model.norms[0] = model.norms[0]._replace(
-        before_mlp=model.norms[0].before_mlp.bfloat16().float()  # type: ignore[union-attr]
+        before_mlp=model.norms[0].before_mlp.bfloat16().float()
     )
     assert relative(lt.logits(model, None, ids), truth) > 1e-4
 
@@ -147,7 +147,7 @@ def test_each_sequence_of_a_batch_has_factors_of_its_own(written: Written) -> No
     ]
     for name, grad in both.grads.items():
         apart = sum(one.grads[name] * one.n_tokens for one in parts) / both.n_tokens
-        assert relative(grad, apart) < 1e-9  # type: ignore[arg-type]
+        assert relative(grad, apart) < 1e-9
 
 
 def test_no_rope_layers_has_a_one_for_each_layer_that_rotates() -> None:

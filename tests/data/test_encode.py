@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from tokenizers.processors import TemplateProcessing
+from trained import trained_ids
 
 from lowtide.data.encode import Encoded, Encoder
 from lowtide.data.formats import (
@@ -38,15 +39,7 @@ def encoder(tokenizer: Tokenizer, mask: bool = True, length: int = 1000) -> Enco
 
 def trained_runs(tokenizer: Tokenizer, encoded: Encoded) -> list[str]:
     """The text of each unbroken run of trained tokens."""
-    runs: list[list[int]] = []
-    previous = 0
-    for token, flag in zip(encoded.ids, encoded.trained, strict=True):
-        if flag and not previous:
-            runs.append([])
-        if flag:
-            runs[-1].append(token)
-        previous = flag
-    return [tokenizer.decode(run, skip_special_tokens=False) for run in runs]
+    return [tokenizer.decode(run, skip_special_tokens=False) for run in trained_ids(encoded)]
 
 
 def test_each_assistant_turn_is_trained_on(qwen: Tokenizer, tiny: Tokenizer) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 from family_tokenizers import CORPUS, Family, families
+from trained import trained_ids
 
-from lowtide.data.encode import Encoded, Encoder
+from lowtide.data.encode import Encoder
 from lowtide.data.formats import ChatRecord
 from lowtide.data.tokenizer import Tokenizer
 from lowtide.data.turns import template_traits
@@ -157,19 +158,6 @@ def test_renderings(both: Both, prompted: bool, variables: dict[str, Any]) -> No
     assert refused < len(chats) - 5
 
 
-def trained_runs(tokenizer: Tokenizer, encoded: Encoded) -> list[list[int]]:
-    """The ids of each unbroken run of trained tokens."""
-    runs: list[list[int]] = []
-    previous = 0
-    for token, flag in zip(encoded.ids, encoded.trained, strict=True):
-        if flag and not previous:
-            runs.append([])
-        if flag:
-            runs[-1].append(token)
-        previous = flag
-    return runs
-
-
 @pytest.mark.parametrize("with_system", [False, True])
 def test_what_is_trained_on(both: Both, with_system: bool) -> None:
     messages = [SYSTEM, *CHAT] if with_system else CHAT
@@ -184,7 +172,7 @@ def test_what_is_trained_on(both: Both, with_system: bool) -> None:
     encoded = encoder.encode(ChatRecord("here", messages))
     rendered = both.theirs.apply_chat_template(messages, return_dict=False)
     assert encoded.ids == rendered
-    runs = trained_runs(both.ours, encoded)
+    runs = trained_ids(encoded)
     # One token may reach back over the header's last white space; the words are what counts.
     texts = [both.ours.decode(run, skip_special_tokens=False) for run in runs]
     assert [text.strip() for text in texts] == [text.strip() for text in both.family.trained]
@@ -213,7 +201,7 @@ def test_calls_of_tools_are_trained_on_and_their_answers_are_not(name: str, tmp_
     tokenizer = Tokenizer.load(FAMILIES[name].write(tmp_path / name))
     encoder = Encoder(tokenizer, 10_000, 10_000, mask_prompt=True)
     encoded = encoder.encode(ChatRecord("here", [*CALL, *CHAT[2:]], TOOLS))
-    runs = trained_runs(tokenizer, encoded)
+    runs = trained_ids(encoded)
     assert tuple(tokenizer.decode(run, False) for run in runs) == CALLED[name]
 
 
@@ -227,7 +215,7 @@ def test_awkward_answers_in_a_template_that_rewrites_turns(answer: str, tmp_path
     encoder = Encoder(tokenizer, 10_000, 10_000, mask_prompt=True)
     said = {"role": "assistant", "content": answer}
     chat = [{"role": "user", "content": answer}, said, CHAT[2], said, *CHAT[2:]]
-    runs = trained_runs(tokenizer, encoder.encode(ChatRecord("here", chat)))
+    runs = trained_ids(encoder.encode(ChatRecord("here", chat)))
     kept = answer.rpartition("</think>\n\n")[2]
     expected = [f"{kept}<|im_end|>"] * 2 + ["<think>\n\n</think>\n\n四<|im_end|>"]
     assert [tokenizer.decode(run, False) for run in runs] == expected
@@ -236,8 +224,8 @@ def test_awkward_answers_in_a_template_that_rewrites_turns(answer: str, tmp_path
 def test_a_cut_off_conversation_learns_the_same_turns(both: Both) -> None:
     """Each turn alone, as the last of its record, trains on what it trains on in the whole."""
     encoder = Encoder(both.ours, 10_000, 10_000, mask_prompt=True)
-    first = trained_runs(both.ours, encoder.encode(ChatRecord("here", CHAT[:2])))
-    whole = trained_runs(both.ours, encoder.encode(ChatRecord("here", CHAT)))
+    first = trained_ids(encoder.encode(ChatRecord("here", CHAT[:2])))
+    whole = trained_ids(encoder.encode(ChatRecord("here", CHAT)))
     if both.name not in ("qwen3", "phi3"):  # thinking, or an end of text, after the last turn only
         assert first[0] == whole[0]
     else:

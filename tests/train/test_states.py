@@ -134,7 +134,7 @@ def gradients(steps: int, count: int = COUNT) -> list[Tensor]:
 
 def trained(start: Tensor, grads: list[Tensor], **given: object) -> list[Tensor]:
     """The parameter after each step, as the adapter holds it."""
-    settings = OptimizerSettings(learning_rate=1e-2, **given)  # type: ignore[arg-type]
+    settings = OptimizerSettings(learning_rate=1e-2, **given)
     parameters = {"x": start.clone().view(-1, 1)}
     optimizer = OPTIMIZERS[settings.optimizer](settings, parameters)
     sink, after = ApplySink(parameters, optimizer), []

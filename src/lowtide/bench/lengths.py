@@ -9,12 +9,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from lowtide.command import lowtide_command
 from lowtide.config import setting
 from lowtide.errors import ConfigError
 from lowtide.train.settings import check_step
 
-from .child import flags_of, run_child
+from .case import command_kind
 from .split import PARTS, check_split
 from .step import MeasuredStepSettings, located
 
@@ -50,14 +49,11 @@ def bench_lengths(settings: LengthsSettings, say: Callable[[str], None]) -> dict
     located(settings, say)  # weights of a shape are written before anything is measured
     given = asdict(settings)
     del given["lengths"]
-    results = []
+    measure, results = command_kind("bench", "step"), []
     with tempfile.TemporaryDirectory(prefix="lowtide-") as scratch:
         for length in lengths:
             say(f"T = {length:,}")
-            flags = flags_of({**given, "seq_len": length, "time_split": True})
-            results.append(
-                run_child(lowtide_command("bench", "step", *flags, "--json"), Path(scratch))
-            )
+            results.append(measure({**given, "seq_len": length, "time_split": True}, Path(scratch)))
     return {
         "bytes_per_token": _slope(results[0], results[-1]),
         "slopes": [_slope(a, b) for a, b in pairwise(results)],

@@ -11,24 +11,21 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import lowtide
 from lowtide.errors import ConfigError
+from lowtide.memory.kinds import Place, Stack
 from lowtide.memory.plan import PLANNED
 
 PARTS = ("products", "widening", "attention", "elementwise", "loss")
-_PACKAGE = str(Path(lowtide.__file__).parent)
-_WHERE = {
-    f"{_PACKAGE}/ops/cross_entropy.py": "loss",
-    f"{_PACKAGE}/ops/attention.py": "attention",
-    f"{_PACKAGE}/ops/fused_attention.py": "attention",
-    f"{_PACKAGE}/weights/matrix.py": "widening",
-    f"{_PACKAGE}/weights/storages": "widening",
+_WHOLES = {
+    "ops.cross_entropy": "loss",
+    "ops.attention": "attention",
+    "ops.fused_attention": "attention",
 }
+_TILES = ("weights.matrix", "weights.storages.")
 
 
 def check_split(method: str) -> None:
@@ -69,26 +66,23 @@ class _Timed(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's cla
     def __init__(self, seconds: dict[str, float]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # as above
         self.seconds = seconds
+        self._stack = Stack()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        part = _part(str(func))
+        part = _part(self._stack.places(sys._getframe(1)), str(func))
         start = time.perf_counter()
         result = func(*args, **(kwargs or {}))
         self.seconds[part] += time.perf_counter() - start
         return result
 
 
-def _part(operation: str) -> str:
-    """By the innermost of our files that says more than the operation's name does."""
-    frame = sys._getframe(2)
-    found = None
-    while frame is not None:
-        name = frame.f_code.co_filename
-        where = _WHERE.get(name) or _WHERE.get(name.rpartition("/")[0])
-        if where in ("loss", "attention"):
-            return where
-        found = found or where
-        frame = frame.f_back  # type: ignore[assignment]
-    return found or ("products" if "mm" in operation else "elementwise")
+def _part(places: list[Place], operation: str) -> str:
+    """Which of PARTS an operation belongs to, called from these places, innermost first."""
+    whole = next((_WHOLES[place.module] for place in places if place.module in _WHOLES), None)
+    if whole is not None:
+        return whole
+    if any(place.module.startswith(_TILES) for place in places):
+        return "widening"
+    return "products" if "mm" in operation else "elementwise"

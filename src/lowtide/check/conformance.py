@@ -65,7 +65,8 @@ GREEDY = 40
 
 def relative(ours: Tensor, truth: Tensor) -> float:
     """Norm of the difference over the norm of the truth."""
-    return float((ours.double() - truth.double()).norm() / truth.double().norm())
+    ours, truth = ours.detach().double(), truth.detach().double()
+    return float((ours - truth).norm() / truth.norm().clamp_min(1e-300))
 
 
 @dataclass(frozen=True)
@@ -141,10 +142,19 @@ def random_ids(vocab_size: int, lengths: Sequence[int], seed: int = 5) -> list[l
     return [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in lengths]
 
 
-def random_adapter(model: Decoder, rank: int = RANK) -> Adapter:
-    """On every linear, with a B that is not zero; values are exact in float32."""
-    adapter = Adapter.create(model, LoraConfig(r=rank, lora_alpha=16), seed=1)
-    generator = torch.Generator().manual_seed(2)
+def random_adapter(model: Decoder, config: LoraConfig | None = None, seed: int = 1) -> Adapter:
+    """An adapter whose B is not zero, or no gradient would reach A. Values are exact in float32.
+
+    Args:
+        model: the model.
+        config: settings; None adapts every linear.
+        seed: of the values.
+
+    Returns:
+        The adapter.
+    """
+    adapter = Adapter.create(model, config or LoraConfig(r=RANK, lora_alpha=16), seed=seed)
+    generator = torch.Generator().manual_seed(seed + 1)
     for name, parameter in adapter.items():
         if ".lora_B." in name:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lowtide.bench.child import flags_of, run_child
 from lowtide.command import lowtide_command
 from lowtide.memory.plan import Workload, predict
 from lowtide.methods import MethodOptions
@@ -70,9 +70,14 @@ def planned_and_measured(config: Mapping[str, Any]) -> tuple[int, int]:
             accumulates=False, lengths=(_PLANNED_TOKENS,),
         )  # fmt: skip
         predicted = predict(work, MethodOptions()).predicted_peak_bytes
-        flags = ["--model", str(directory), "--seq-len", str(_PLANNED_TOKENS), "--steps", "2"]
-        done = subprocess.run(
-            lowtide_command("bench", "step", *flags, "--lora-r", "8", "--optimizer", "sgd"),
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-    return predicted, max(one["peak_anon_bytes"] for one in json.loads(done.stdout)["steps"])
+        flags = flags_of(
+            {
+                "model": str(directory),
+                "seq_len": _PLANNED_TOKENS,
+                "steps": 2,
+                "lora_r": work.config.r,
+                "optimizer": work.optimizer,
+            }
+        )
+        result = run_child(lowtide_command("bench", "step", *flags), directory)
+    return predicted, max(one["peak_anon_bytes"] for one in result["steps"])

@@ -156,7 +156,7 @@ def _attend(
     for linear, out in zip(linears, targets, strict=True):
         linear_forward(n, linear, out, ws.tile)
     stats = []
-    for before, after, weight in zip(raw, (q, k), block.norms[4:], strict=False):
+    for before, after, weight in zip(raw, (q, k), (block.norms.q, block.norms.k), strict=False):
         assert weight is not None
         shaped = _per_head(before, weight)
         found = rmsnorm_forward(shaped, weight, block.eps, out=_per_head(after, weight))

@@ -21,7 +21,7 @@ STEP_KEYS = {
 }  # fmt: skip
 
 
-def test_train_says_what_it_does_and_writes_four_files(
+def test_train_says_what_it_does_and_writes_its_files(
     model: Path, data: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "new" / "adapter"
@@ -34,6 +34,7 @@ def test_train_says_what_it_does_and_writes_four_files(
     assert done.err == ""
     assert set(small.tree(out)) == {
         "adapter_model.safetensors", "adapter_config.json", "run.yaml", "metrics.jsonl",
+        "events.jsonl",
     }  # fmt: skip
     lines = done.out.splitlines()
     assert lines[0].startswith(f"model    {model} (llama, 22,432 parameters, float32 mapped")

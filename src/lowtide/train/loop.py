@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -60,7 +60,7 @@ class TrainResult:
 
 
 class Observer(Protocol):
-    """Told of what happens; the command line draws progress from it."""
+    """Told of what happens: it keeps the metrics, and draws progress."""
 
     def on_step(self, report: StepReport) -> None:
         """An update was made."""
@@ -100,6 +100,11 @@ class Trainer:
             else ApplySink(adapter.parameters, optimizer)
         )
         self._stop_requested = self._updating = False
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """What `--memory-budget` allows."""
+        return None if self._guard is None else self._guard.budget_bytes
 
     def request_stop(self) -> bool:
         """End the run after the update that is being made, with its adapter saved.
@@ -215,7 +220,6 @@ class Trainer:
             history.add(report, batches[-1])
             self._updating = False
             run_dir.confirm()
-            run_dir.log(asdict(report))
             observer.on_step(report)
             if self._guard is not None:
                 self._guard.check(report.peak_anon_bytes)
@@ -247,7 +251,6 @@ class Trainer:
             batch_size=s.batch_size, max_batches=s.val_batches,
         )  # fmt: skip
         run.history.valid_loss, run.history.validated_step = result.loss, step
-        run.run_dir.log({"step": step, "valid_loss": result.loss, "n_tokens": result.n_tokens})
         run.observer.on_valid(step, result)
 
 

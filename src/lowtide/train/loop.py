@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple, Protocol
 
@@ -22,6 +22,7 @@ from lowtide.model.decoder import Decoder
 
 from .budget import Guard
 from .optim import OPTIMIZERS
+from .order import RecordOrder
 from .run_dir import RunDir
 from .settings import TrainSettings
 from .sink import AccumulateSink, ApplySink
@@ -70,13 +71,6 @@ class Observer(Protocol):
 
     def on_save(self, step: int) -> None:
         """The adapter of `step` is on disk."""
-
-
-def index_stream(count: int, seed: int) -> Iterator[int]:
-    """Indices of `count` records, each pass in a new order that the seed decides."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield from torch.randperm(count, generator=generator).tolist()
 
 
 class Trainer:
@@ -202,13 +196,10 @@ class Trainer:
         s = self.settings
         longest = max(max(train.lengths), 0 if valid is None else max(valid.lengths))
         self.reserve([longest] * s.batch_size)
-        indices = index_stream(len(train), s.seed)
+        order = RecordOrder(len(train), s.seed)
         self._validate(run, 0)
         for step in range(1, s.iters + 1):
-            micro = [
-                [next(indices) for _ in range(s.batch_size)]
-                for _ in range(s.grad_accumulation_steps)
-            ]
+            micro = [order.take(s.batch_size) for _ in range(s.grad_accumulation_steps)]
             batches = [batch_of(train, chosen) for chosen in micro]
             self._updating = True
             report = measured_update(self, batches, step, meter)

@@ -22,7 +22,7 @@ from lowtide.model.decoder import Decoder
 
 from .budget import Guard
 from .optim import OPTIMIZERS
-from .order import RecordOrder
+from .order import BatchRule, RecordOrder, filled
 from .run_dir import RunDir
 from .settings import TrainSettings
 from .sink import AccumulateSink, ApplySink
@@ -199,12 +199,11 @@ class Trainer:
     def _steps(self, run: _Run, meter: MemoryMeter) -> None:
         train, valid, run_dir, observer, history = run
         s = self.settings
-        longest = max(max(train.lengths), 0 if valid is None else max(valid.lengths))
-        self.reserve([longest] * s.batch_size)
-        order = RecordOrder(len(train), s.seed)
+        order = RecordOrder(train, batch_rule(s))
+        self.reserve(largest_batch(s, train, valid))
         self._validate(run, 0)
         for step in range(1, s.iters + 1):
-            micro = [order.take(s.batch_size) for _ in range(s.grad_accumulation_steps)]
+            micro = [order.take() for _ in range(s.grad_accumulation_steps)]
             batches = [batch_of(train, chosen) for chosen in micro]
             self._updating = True
             report = measured_update(self, batches, step, meter)
@@ -243,6 +242,32 @@ class Trainer:
         )  # fmt: skip
         run.history.valid_loss, run.history.validated_step = result.loss, step
         run.observer.on_valid(step, result)
+
+
+def batch_rule(settings: TrainSettings) -> BatchRule:
+    """How the settings make batches of records."""
+    budget = settings.batch_size * settings.max_seq_length if settings.packing else None
+    return BatchRule(settings.batch_size, settings.seed, budget, settings.group_by_length)
+
+
+def largest_batch(
+    settings: TrainSettings, train: Sequences, valid: Sequences | None
+) -> tuple[int, ...]:
+    """Lengths of a batch that none of a run exceeds, in tokens or in its longest sequence.
+
+    Args:
+        settings: of the run.
+        train: sequences to learn.
+        valid: sequences to validate on, `batch_size` at a time.
+
+    Returns:
+        Tokens of each of its sequences.
+    """
+    largest = RecordOrder(train, batch_rule(settings)).largest()
+    if valid is None:
+        return largest
+    longest, tokens = max(largest[0], valid.longest), min(settings.batch_size, len(valid))
+    return filled(longest, max(sum(largest), valid.longest * tokens))
 
 
 def accumulates(settings: TrainSettings) -> bool:

@@ -22,7 +22,7 @@ from lowtide.model.decoder import Decoder, load_model
 from lowtide.model.threads import set_threads
 
 from .budget import within_budget
-from .loop import Trainer, TrainResult, accumulates
+from .loop import Trainer, TrainResult, accumulates, largest_batch
 from .observers import Quiet, RunObserver
 from .run_dir import RunDir, check_output, check_space, made_directory
 from .settings import DataSettings, ModelSettings, TrainSettings, check_step
@@ -67,11 +67,10 @@ def train(
         train_set = TokenDataset.open(report.splits["train"].path)
         valid = report.splits.get("valid")
         valid_set = None if valid is None else TokenDataset.open(valid.path)
-        longest = max(max(train_set.lengths), 0 if valid_set is None else max(valid_set.lengths))
         fitting, guard = within_budget(
             settings,
             model,
-            (longest,) * settings.batch_size,
+            largest_batch(settings, train_set, valid_set),
             accumulates=accumulates(settings),
         )
         method = get_method(settings.method, fitting)
@@ -99,6 +98,16 @@ def check_supported(settings: TrainSettings) -> None:
             "this one with --overwrite."
         )
     check_step(settings)
+    if settings.packing and settings.group_by_length:
+        raise ConfigError(
+            "--packing fills batches with records of all lengths, --group-by-length sorts them. "
+            "Give one of them."
+        )
+    if settings.group_by_length and settings.batch_size == 1:
+        raise ConfigError(
+            "--group-by-length says which records share a batch, and with --batch-size 1 none do. "
+            "Raise it, or leave --group-by-length out."
+        )
     if settings.valid_data is not None and settings.valid_records:
         raise ConfigError("give --valid-data or --valid-records, not both.")
 

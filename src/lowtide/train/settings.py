@@ -174,6 +174,14 @@ class TrainSettings(StepSettings, DataSettings, ModelSettings):
     batch_size: int = setting(
         1, help="sequences per forward and backward", minimum=1, maximum=MAX_BATCH
     )
+    packing: bool = setting(
+        False,
+        help="fill every batch with whole records, up to batch size x max seq length tokens, so "
+        "that all updates take about as long; attention never reaches from one record to another",
+    )
+    group_by_length: bool = setting(
+        False, help="let records of similar length share a batch (with --batch-size above 1)"
+    )
     grad_accumulation_steps: int = setting(
         1,
         help="batches per update, weighted by their labelled tokens",

@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -23,8 +23,11 @@ from lowtide.model.decoder import Decoder, load_model
 from lowtide.model.threads import set_threads
 
 from .budget import within_budget
-from .loop import Observer, StepReport, Trainer, TrainResult, accumulates
+from .groups import Groups
+from .loop import Observer, StepReport, Trainer, TrainResult
+from .recipe import check_recipe
 from .run_dir import RunDir, check_output, check_space, made_directory
+from .schedule import Schedule, updates_of
 from .settings import DataSettings, ModelSettings, TrainSettings, check_step
 
 
@@ -37,6 +40,9 @@ class RunObserver(Observer, Protocol):
     def on_data(self, report: PrepareReport) -> None:
         """The data is tokenised."""
 
+    def on_start(self, iters: int) -> None:
+        """Training begins, and will make so many updates."""
+
     def on_stopping(self) -> None:
         """Ctrl-C was heard; the update being made is finished first."""
 
@@ -48,6 +54,9 @@ class Quiet:
         """Nothing."""
 
     def on_data(self, report: PrepareReport) -> None:
+        """Nothing."""
+
+    def on_start(self, iters: int) -> None:
         """Nothing."""
 
     def on_step(self, report: StepReport) -> None:
@@ -94,6 +103,7 @@ def train(
     check_length(model, settings.max_seq_length)
     adapter = Adapter.create(model, settings.lora_config(), settings.seed, settings.rounded_dtype)
     check_space(directory, adapter)
+    Groups(settings, adapter.parameters)  # refuses names that no parameter has
     observer.on_model(model, adapter)
     with made_directory(directory) as caches:
         report = prepare(_request(settings, model, caches))
@@ -101,15 +111,22 @@ def train(
         train_set = TokenDataset.open(report.splits["train"].path)
         valid = report.splits.get("valid")
         valid_set = None if valid is None else TokenDataset.open(valid.path)
+        if valid_set is None and settings.early_stopping_patience is not None:
+            raise ConfigError(
+                "--early-stopping-patience counts validations, and there is no validation data. "
+                "Give --valid-data or --valid-records."
+            )
         longest = max(max(train_set.lengths), 0 if valid_set is None else max(valid_set.lengths))
         fitting, guard = within_budget(
             settings,
             model,
             (longest,) * settings.batch_size,
-            accumulates=accumulates(settings),
+            accumulates=settings.accumulates,
         )
         method = get_method(settings.method, fitting)
-        trainer = Trainer(model, adapter, method, settings, guard)
+        iters = updates_of(settings, len(train_set))
+        trainer = Trainer(model, adapter, method, replace(settings, iters=iters), guard)
+        observer.on_start(iters)
         with closing(RunDir(directory, settings, settings.model)) as run_dir:
             with _finish_update_on_interrupt(trainer, observer):
                 return trainer.run(train_set, valid_set, run_dir, observer)
@@ -130,6 +147,9 @@ def check_supported(settings: TrainSettings) -> None:
             "this one with --overwrite."
         )
     check_step(settings)
+    check_recipe(settings, settings.learning_rate)
+    if settings.epochs is None:
+        Schedule.of(settings, updates_of(settings, 0))  # refuses a warm-up that is too long
     if settings.valid_data is not None and settings.valid_records:
         raise ConfigError("give --valid-data or --valid-records, not both.")
 

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -74,7 +74,7 @@ class Update(NamedTuple):
 
 
 class Observer(Protocol):
-    """Told of what happens; the command line draws progress from it."""
+    """Told of what happens: it keeps the metrics, and draws progress."""
 
     def on_step(self, report: StepReport) -> None:
         """An update was made."""
@@ -117,6 +117,11 @@ class Trainer:
         self._updater = updater(settings, adapter.parameters, self._optimizer)
         self._stopping = EarlyStopping.of(settings)
         self._stop_requested = self._updating = False
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """What `--memory-budget` allows."""
+        return None if self._guard is None else self._guard.budget_bytes
 
     def request_stop(self) -> bool:
         """End the run after the update that is being made, with its adapter saved.
@@ -230,7 +235,6 @@ class Trainer:
             history.add(report, batches[-1])
             self._updating = False
             run_dir.confirm()
-            run_dir.log(asdict(report))
             observer.on_step(report)
             if self._guard is not None:
                 self._guard.check(report.peak_anon_bytes)
@@ -266,7 +270,6 @@ class Trainer:
         )  # fmt: skip
         run.history.valid_loss, run.history.validated_step = result.loss, step
         self._stopping.see(result.loss)
-        run.run_dir.log({"step": step, "valid_loss": result.loss, "n_tokens": result.n_tokens})
         run.observer.on_valid(step, result)
 
 

@@ -15,8 +15,7 @@ from lowtide.config import build
 from lowtide.errors import ConfigError
 from lowtide.infer.evaluate import batch_of
 from lowtide.model.decoder import Decoder
-from lowtide.train.loop import batch_rule, largest_batch
-from lowtide.train.order import RecordOrder
+from lowtide.train.order import RecordOrder, batch_rule, largest_batch
 from lowtide.train.settings import TrainSettings
 
 

@@ -14,10 +14,15 @@ from bisect import bisect_left, insort
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lowtide.errors import ConfigError
+
+if TYPE_CHECKING:
+    from .settings import TrainSettings
 
 Indices = NDArray[np.int64]
 
@@ -189,6 +194,58 @@ class RecordOrder:
             return _chunks(records, rule.batch_size)[::-1]
         shuffled = Permutation(len(batches), rule.seed, epoch, start)
         return [batches[i] for i in shuffled.at(np.arange(len(batches), dtype=np.int64))]
+
+
+def batch_rule(settings: TrainSettings) -> BatchRule:
+    """How the settings make batches of records."""
+    budget = settings.batch_size * settings.max_seq_length if settings.packing else None
+    return BatchRule(settings.batch_size, settings.seed, budget, settings.group_by_length)
+
+
+def batches_in_pass(settings: TrainSettings, dataset: Lengths) -> int:
+    """How many batches the first pass has; others have as many, with packing about as many."""
+    return RecordOrder(dataset, batch_rule(settings)).batches_in(0)
+
+
+def largest_batch(
+    settings: TrainSettings, train: Lengths, valid: Lengths | None
+) -> tuple[int, ...]:
+    """Lengths of a batch that none of a run exceeds, in tokens or in its longest sequence.
+
+    Args:
+        settings: of the run.
+        train: sequences to learn.
+        valid: sequences to validate on, `batch_size` at a time.
+
+    Returns:
+        Tokens of each of its sequences.
+    """
+    largest = RecordOrder(train, batch_rule(settings)).largest()
+    if valid is None:
+        return largest
+    tokens = valid.longest * min(settings.batch_size, len(valid))
+    return filled(max(largest[0], valid.longest), max(sum(largest), tokens))
+
+
+def check_batches(settings: TrainSettings) -> None:
+    """Refuse what would be ignored.
+
+    Args:
+        settings: of the run.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    if settings.packing and settings.group_by_length:
+        raise ConfigError(
+            "--packing fills batches with records of all lengths, --group-by-length sorts them. "
+            "Give one of them."
+        )
+    if settings.group_by_length and settings.batch_size == 1:
+        raise ConfigError(
+            "--group-by-length says which records share a batch, and with --batch-size 1 none do. "
+            "Raise it, or leave --group-by-length out."
+        )
 
 
 def filled(longest: int, tokens: int) -> tuple[int, ...]:

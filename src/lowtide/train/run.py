@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,9 +22,13 @@ from lowtide.model.decoder import Decoder, load_model
 from lowtide.model.threads import set_threads
 
 from .budget import within_budget
-from .loop import Trainer, TrainResult, accumulates, largest_batch
+from .groups import Groups
+from .loop import Trainer, TrainResult
 from .observers import Quiet, RunObserver
+from .order import batches_in_pass, check_batches, largest_batch
+from .recipe import check_recipe
 from .run_dir import RunDir, check_output, check_space, made_directory
+from .schedule import Schedule, updates_of
 from .settings import DataSettings, ModelSettings, TrainSettings, check_step
 from .watch import watched
 
@@ -60,6 +64,7 @@ def train(
     check_length(model, settings.max_seq_length)
     adapter = Adapter.create(model, settings.lora_config(), settings.seed, settings.rounded_dtype)
     check_space(directory, adapter)
+    Groups(settings, adapter.parameters)  # refuses names that no parameter has
     observer.on_model(model, adapter)
     with made_directory(directory) as caches:
         report = prepare(_request(settings, model, caches))
@@ -67,14 +72,21 @@ def train(
         train_set = TokenDataset.open(report.splits["train"].path)
         valid = report.splits.get("valid")
         valid_set = None if valid is None else TokenDataset.open(valid.path)
+        if valid_set is None and settings.early_stopping_patience is not None:
+            raise ConfigError(
+                "--early-stopping-patience counts validations, and there is no validation data. "
+                "Give --valid-data or --valid-records."
+            )
         fitting, guard = within_budget(
             settings,
             model,
             largest_batch(settings, train_set, valid_set),
-            accumulates=accumulates(settings),
+            accumulates=settings.accumulates,
         )
         method = get_method(settings.method, fitting)
-        trainer = Trainer(model, adapter, method, settings, guard)
+        iters = updates_of(settings, batches_in_pass(settings, train_set))
+        trainer = Trainer(model, adapter, method, replace(settings, iters=iters), guard)
+        observer.on_start(iters)
         with closing(RunDir(directory, settings, settings.model)) as run_dir:
             with watched(run_dir, trainer, report, observer) as watchers:
                 with _finish_update_on_interrupt(trainer, watchers):
@@ -98,16 +110,10 @@ def check_supported(settings: TrainSettings) -> None:
             "this one with --overwrite."
         )
     check_step(settings)
-    if settings.packing and settings.group_by_length:
-        raise ConfigError(
-            "--packing fills batches with records of all lengths, --group-by-length sorts them. "
-            "Give one of them."
-        )
-    if settings.group_by_length and settings.batch_size == 1:
-        raise ConfigError(
-            "--group-by-length says which records share a batch, and with --batch-size 1 none do. "
-            "Raise it, or leave --group-by-length out."
-        )
+    check_batches(settings)
+    check_recipe(settings, settings.learning_rate)
+    if settings.epochs is None:
+        Schedule.of(settings, updates_of(settings, 0))  # refuses a warm-up that is too long
     if settings.valid_data is not None and settings.valid_records:
         raise ConfigError("give --valid-data or --valid-records, not both.")
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowtide.config import setting
-from lowtide.data.tokenizer import StreamDecoder, Tokenizer
+from lowtide.data.decoding import StreamDecoder
+from lowtide.data.tokenizer import Tokenizer
 from lowtide.errors import DataError, LowtideWarning
 from lowtide.infer.generate import Sampling, generate
 from lowtide.model.adapter import Adapter

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from lowtide.caches import cache_root
 from lowtide.config import build
 from lowtide.data.cache import TokenDataset
 from lowtide.data.formats import FeatureNames
@@ -66,8 +67,8 @@ def train(
     check_space(directory, adapter)
     Groups(settings, adapter.parameters)  # refuses names that no parameter has
     observer.on_model(model, adapter)
-    with made_directory(directory) as caches:
-        report = prepare(_request(settings, model, caches))
+    with made_directory(directory):
+        report = prepare(_request(settings, model))
         observer.on_data(report)
         train_set = TokenDataset.open(report.splits["train"].path)
         valid = report.splits.get("valid")
@@ -145,15 +146,14 @@ def check_length(model: Decoder, max_seq_length: int) -> None:
         )
 
 
-def data_request(
-    settings: DataSettings, model: Decoder, data: str, out: Path, **more: Any
-) -> PrepareRequest:
+def data_request(settings: DataSettings, model: Decoder, data: str, **more: Any) -> PrepareRequest:
     """What the tokenising child is asked to do."""
     tokenizer = Path(settings.tokenizer).expanduser() if settings.tokenizer else model.directory
+    cache = settings.cache_dir
     return PrepareRequest(
         data=Path(data).expanduser(),
         tokenizer=tokenizer,
-        out=out,
+        cache=Path(cache).expanduser() if cache else cache_root() / "tokens",
         max_seq_length=settings.max_seq_length,
         vocab_size=model.spec.vocab_size,
         mask_prompt=settings.mask_prompt,
@@ -168,13 +168,12 @@ def data_request(
     )
 
 
-def _request(settings: TrainSettings, model: Decoder, out: Path) -> PrepareRequest:
+def _request(settings: TrainSettings, model: Decoder) -> PrepareRequest:
     valid = settings.valid_data
     return data_request(
         settings,
         model,
         settings.data,
-        out,
         valid_data=None if valid is None else Path(valid).expanduser(),
         valid_records=settings.valid_records,
     )

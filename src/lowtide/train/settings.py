@@ -68,6 +68,13 @@ class DataSettings:
         help="Jinja file to use instead of the tokenizer's chat template, or 'none'",
         filled=True,
     )
+    cache_dir: str | None = setting(
+        None,
+        help="directory for tokenised data, which the next run with the same data and settings "
+        "finds there; none takes ~/.cache/lowtide/tokens",
+        filled=True,
+        metavar="DIR",
+    )
     prompt_feature: str = setting("prompt", help="record key of the prompt")
     completion_feature: str = setting("completion", help="record key of the completion")
     text_feature: str = setting("text", help="record key of plain text")

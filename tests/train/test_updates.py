@@ -12,7 +12,7 @@ from lowtide.config import build
 from lowtide.errors import TrainingError
 from lowtide.methods import get_method
 from lowtide.model.decoder import Decoder
-from lowtide.train.loop import Trainer, index_stream
+from lowtide.train.loop import Trainer
 from lowtide.train.settings import TrainSettings
 
 ROWS = [[5, 6, 7, 8, 9, 10, 11], [3, 1, 4, 1, 5], [9, 2, 6, 5, 3, 5, 8, 9, 7], [2, 7, 1]]
@@ -119,13 +119,3 @@ def test_a_gradient_that_is_not_finite_is_named(decoder: Decoder) -> None:
             one._sink.add(name, torch.full_like(p, float("nan")))
         assert f"the gradient of {name} is not finite" in str(error.value)
         assert bool(torch.isfinite(p).all())
-
-
-def test_every_pass_over_the_records_has_an_order_of_its_own() -> None:
-    stream = index_stream(10, seed=5)
-    passes = [[next(stream) for _ in range(10)] for _ in range(3)]
-    assert all(sorted(one) == list(range(10)) for one in passes)
-    assert len({tuple(one) for one in passes}) == 3
-    again = index_stream(10, seed=5)
-    assert [next(again) for _ in range(10)] == passes[0]
-    assert [next(index_stream(10, seed=6)) for _ in range(3)] != passes[0][:3]

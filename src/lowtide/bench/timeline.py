@@ -156,6 +156,8 @@ def describe(result: dict[str, Any]) -> str:
         f"{peak['t_s']:.2f} s in: {peak['where']}",
         *(f"  {kind:<20}{size / 1e6:>10,.1f} MB{100 * size / total:>6.0f}%" for kind, size in rows),
         f"  {'sum':<20}{total / 1e6:>10,.1f} MB",
+        f"  {'of it untouched':<20}{result['untouched_bytes'] / 1e6:>10,.1f} MB   (reserved, and "
+        "not needed by this step)",
         f"  {'RssAnon':<20}{anon / 1e6:>10,.1f} MB   (above the import; other includes "
         f"{result['libraries_bytes'] / 1e6:,.1f} MB of libraries and Python objects)",
     ]

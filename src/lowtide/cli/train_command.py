@@ -11,6 +11,7 @@ from lowtide.infer.evaluate import Evaluation
 from lowtide.model.adapter import Adapter
 from lowtide.model.decoder import Decoder
 from lowtide.train.loop import StepReport, TrainResult
+from lowtide.train.observers import Quiet
 from lowtide.train.run import train
 from lowtide.train.settings import TrainSettings
 
@@ -18,7 +19,7 @@ from .output import Output, count, duration, megabytes, settings_of
 
 _DESCRIPTION = (
     "Fine-tune a LoRA adapter. Writes PEFT's adapter_model.safetensors and adapter_config.json, "
-    "run.yaml (all settings) and metrics.jsonl (one line per update)."
+    "run.yaml (all settings), metrics.jsonl (one line per update) and events.jsonl."
 )
 
 
@@ -39,7 +40,7 @@ def run(argv: Sequence[str]) -> int:
     return 130 if result.interrupted else 0
 
 
-class Progress:
+class Progress(Quiet):
     """A live bar on a terminal, a line every `steps_per_report` updates elsewhere."""
 
     def __init__(self, settings: TrainSettings, output: Output) -> None:

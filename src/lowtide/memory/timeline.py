@@ -14,8 +14,8 @@ What the sum by kind cannot see, and why it differs from RssAnon:
   of the product library (a product of the step's size is made first), the model's Python objects,
   modules imported since. `Ledger.settle` measures it; it is a constant part of `other`.
 - Scratch that a kernel allocates and frees within one operation.
-- Reserved pages that nothing has touched (of mesp's block inputs one row in `num_layers + 1`):
-  tensors count in full, RssAnon counts touched pages.
+- Reserved pages that nothing has touched: tensors count in full, RssAnon counts touched pages.
+  Those of tensors that outlive the recorded step are told beside the sum, as `untouched_bytes`.
 - Where glibc cannot be asked, freed pages that malloc keeps.
 
 Because malloc keeps freed pages, RssAnon stays near its peak when less is in use. So the peak is,
@@ -38,7 +38,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lowtide.weights.mapping import file_areas
+from lowtide.weights.mapping import file_areas, untouched_bytes
 
 from . import measure
 from .kinds import KINDS, Stack, kind_of, where
@@ -104,7 +104,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does 
         self._names: dict[str, int] = {}
         self._recording = self._changed = False
         self._start = 0.0
-        self._constant = 0
+        self._constant = self._untouched = 0
         self._vocab_size = -1
         self._block: int | None = None
         self._graph_blocks: set[int] = set()
@@ -177,6 +177,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does 
             self._changed = True
             self._moment()
             self._recording = False
+            storages = [ref() for _, ref in self._known.values()]
+            self._untouched = sum(untouched_bytes(s.data_ptr(), s.nbytes()) for s in storages if s)
 
     def __torch_dispatch__(
         self,
@@ -249,8 +251,9 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does 
         """What was recorded.
 
         Returns:
-            `kinds`, `samples`, `peak`, `libraries_bytes` (the constant part of `other`), `leaked`
-            (bytes by kind that the recorded step allocated and did not free), and `n_moments`.
+            `kinds`, `samples`, `peak`, `libraries_bytes` (the constant part of `other`),
+            `untouched_bytes`, `leaked` (bytes by kind that the recorded step allocated and did not
+            free), and `n_moments`.
         """
         live = list(self._live())
         sums = [sum(row) for row in live]
@@ -276,6 +279,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does 
                 "sum_bytes": sums[peak],
             },
             "libraries_bytes": self._constant,
+            "untouched_bytes": self._untouched,
             "leaked": {
                 kind: after - before
                 for kind, before, after in zip(KINDS, first, last, strict=True)

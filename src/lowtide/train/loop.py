@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -22,6 +22,7 @@ from lowtide.model.decoder import Decoder
 
 from .budget import Guard
 from .optim import OPTIMIZERS
+from .order import RecordOrder
 from .run_dir import RunDir
 from .settings import TrainSettings
 from .sink import AccumulateSink, ApplySink
@@ -60,7 +61,7 @@ class TrainResult:
 
 
 class Observer(Protocol):
-    """Told of what happens; the command line draws progress from it."""
+    """Told of what happens: it keeps the metrics, and draws progress."""
 
     def on_step(self, report: StepReport) -> None:
         """An update was made."""
@@ -70,13 +71,6 @@ class Observer(Protocol):
 
     def on_save(self, step: int) -> None:
         """The adapter of `step` is on disk."""
-
-
-def index_stream(count: int, seed: int) -> Iterator[int]:
-    """Indices of `count` records, each pass in a new order that the seed decides."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield from torch.randperm(count, generator=generator).tolist()
 
 
 class Trainer:
@@ -100,6 +94,11 @@ class Trainer:
             else ApplySink(adapter.parameters, optimizer)
         )
         self._stop_requested = self._updating = False
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """What `--memory-budget` allows."""
+        return None if self._guard is None else self._guard.budget_bytes
 
     def request_stop(self) -> bool:
         """End the run after the update that is being made, with its adapter saved.
@@ -202,20 +201,16 @@ class Trainer:
         s = self.settings
         longest = max(max(train.lengths), 0 if valid is None else max(valid.lengths))
         self.reserve([longest] * s.batch_size)
-        indices = index_stream(len(train), s.seed)
+        order = RecordOrder(len(train), s.seed)
         self._validate(run, 0)
         for step in range(1, s.iters + 1):
-            micro = [
-                [next(indices) for _ in range(s.batch_size)]
-                for _ in range(s.grad_accumulation_steps)
-            ]
+            micro = [order.take(s.batch_size) for _ in range(s.grad_accumulation_steps)]
             batches = [batch_of(train, chosen) for chosen in micro]
             self._updating = True
             report = measured_update(self, batches, step, meter)
             history.add(report, batches[-1])
             self._updating = False
             run_dir.confirm()
-            run_dir.log(asdict(report))
             observer.on_step(report)
             if self._guard is not None:
                 self._guard.check(report.peak_anon_bytes)
@@ -247,7 +242,6 @@ class Trainer:
             batch_size=s.batch_size, max_batches=s.val_batches,
         )  # fmt: skip
         run.history.valid_loss, run.history.validated_step = result.loss, step
-        run.run_dir.log({"step": step, "valid_loss": result.loss, "n_tokens": result.n_tokens})
         run.observer.on_valid(step, result)
 
 

@@ -23,7 +23,17 @@ if TYPE_CHECKING:
 
 
 class Optimizer(Protocol):
-    """Updates parameters in place, one at a time."""
+    """Updates parameters in place, one at a time.
+
+    An update depends on the parameters, the gradients, the settings, `step` and `state()` only, so
+    that a run that gets these back goes on as if it had never ended.
+    """
+
+    step: int
+    """The update that comes next or is being made, from 1."""
+
+    def state(self) -> dict[str, Tensor]:
+        """All that is kept from one update to the next: the tensors themselves, not copies."""
 
     def update(self, name: str, parameter: Tensor, grad: Tensor) -> None:
         """Change `parameter` by its gradient; `grad` may be overwritten."""
@@ -52,7 +62,7 @@ class _Elementwise(ABC):
         self._whole = not rounded and settings.optimizer_state == "float32"
         self._places = {name: place for place, name in enumerate(parameters)}
         self._random = torch.Generator()
-        self._step = 1
+        self.step = 1
 
     def update(self, name: str, parameter: Tensor, grad: Tensor) -> None:
         """See `Optimizer.update`."""
@@ -70,13 +80,20 @@ class _Elementwise(ABC):
 
     def next_step(self) -> None:
         """See `Optimizer.next_step`."""
-        self._step += 1
+        self.step += 1
+
+    def state(self) -> dict[str, Tensor]:
+        """See `Optimizer.state`."""
+        kept = {f"moments.{n}": moment.tensors() for n, moment in enumerate(self._moments)}
+        if self._master is not None:
+            kept["master"] = self._master.tensors()
+        return {f"{part}.{name}": t for part, own in kept.items() for name, t in own.items()}
 
     def _seed(self, name: str, number: int, span: slice) -> None:
         """What rounding draws depends on the step and the place, not on what was drawn before."""
         if not self._whole:
             place = (self._places[name] << 8) + span.start // BLOCK
-            seed = ((2 * self._step + number) * 1_000_003 + place) * 0x9E3779B1
+            seed = ((2 * self.step + number) * 1_000_003 + place) * 0x9E3779B1
             self._random.manual_seed(seed & (1 << 63) - 1)
 
     @abstractmethod
@@ -113,8 +130,8 @@ class AdamW(_Elementwise):
         grad = grad.to(mean.dtype)
         mean.lerp_(grad, 1 - s.beta1)
         square.mul_(s.beta2).addcmul_(grad, grad, value=1 - s.beta2)
-        correction = 1 - s.beta1**self._step
-        scale = math.sqrt(1 - s.beta2**self._step)
+        correction = 1 - s.beta1**self.step
+        scale = math.sqrt(1 - s.beta2**self.step)
         denominator = torch.sqrt(square, out=grad).div_(scale).add_(s.adam_eps)
         value.mul_(1 - s.learning_rate * s.weight_decay)
         value.addcdiv_(mean, denominator, value=-s.learning_rate / correction)

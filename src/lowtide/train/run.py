@@ -9,58 +9,24 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 from lowtide.config import build
 from lowtide.data.cache import TokenDataset
 from lowtide.data.formats import FeatureNames
-from lowtide.data.prepare import PrepareReport, PrepareRequest, prepare
+from lowtide.data.prepare import PrepareRequest, prepare
 from lowtide.errors import ConfigError, DataError
-from lowtide.infer.evaluate import Evaluation
 from lowtide.methods import get_method
 from lowtide.model.adapter import Adapter
 from lowtide.model.decoder import Decoder, load_model
 from lowtide.model.threads import set_threads
 
 from .budget import within_budget
-from .loop import Observer, StepReport, Trainer, TrainResult, accumulates
+from .loop import Trainer, TrainResult, accumulates
+from .observers import Quiet, RunObserver
 from .run_dir import RunDir, check_output, check_space, made_directory
 from .settings import DataSettings, ModelSettings, TrainSettings, check_step
-
-
-class RunObserver(Observer, Protocol):
-    """An observer that also hears of the preparation."""
-
-    def on_model(self, model: Decoder, adapter: Adapter) -> None:
-        """The model is mapped and the adapter made."""
-
-    def on_data(self, report: PrepareReport) -> None:
-        """The data is tokenised."""
-
-    def on_stopping(self) -> None:
-        """Ctrl-C was heard; the update being made is finished first."""
-
-
-class Quiet:
-    """An observer that says nothing."""
-
-    def on_model(self, model: Decoder, adapter: Adapter) -> None:
-        """Nothing."""
-
-    def on_data(self, report: PrepareReport) -> None:
-        """Nothing."""
-
-    def on_step(self, report: StepReport) -> None:
-        """Nothing."""
-
-    def on_valid(self, step: int, result: Evaluation) -> None:
-        """Nothing."""
-
-    def on_save(self, step: int) -> None:
-        """Nothing."""
-
-    def on_stopping(self) -> None:
-        """Nothing."""
+from .watch import watched
 
 
 def train(
@@ -111,8 +77,11 @@ def train(
         method = get_method(settings.method, fitting)
         trainer = Trainer(model, adapter, method, settings, guard)
         with closing(RunDir(directory, settings, settings.model)) as run_dir:
-            with _finish_update_on_interrupt(trainer, observer):
-                return trainer.run(train_set, valid_set, run_dir, observer)
+            with watched(run_dir, trainer, report, observer) as watchers:
+                with _finish_update_on_interrupt(trainer, watchers):
+                    result = trainer.run(train_set, valid_set, run_dir, watchers)
+                watchers.end(result)
+                return result
 
 
 def check_supported(settings: TrainSettings) -> None:

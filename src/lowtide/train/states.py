@@ -50,6 +50,9 @@ class Moment(Protocol):
     def write(self, name: str, span: slice, random: torch.Generator) -> None:
         """Keep what was made of the elements that were read last."""
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is kept, by parameter and part: the tensors themselves, not copies."""
+
 
 def zeros_for(parameters: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Zeros for each parameter, flat, all views of one tensor.
@@ -78,6 +81,10 @@ class WholeMoment:
     def write(self, name: str, span: slice, random: torch.Generator) -> None:
         """See `Moment.write`: nothing is left to do."""
 
+    def tensors(self) -> dict[str, Tensor]:
+        """See `Moment.tensors`."""
+        return dict(self._parts)
+
 
 class HalfMoment:
     """bfloat16, rounded stochastically."""
@@ -101,6 +108,10 @@ class HalfMoment:
         bits += torch.randint(1 << _HALF_BITS, size, generator=random, dtype=torch.int32)
         bits &= -1 << _HALF_BITS
         part.copy_(wide)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See `Moment.tensors`."""
+        return dict(self._parts)
 
 
 class ByteMoment:
@@ -142,6 +153,11 @@ class ByteMoment:
             torch.maximum(code, (wide > 0).float(), out=code)
         codes.copy_(code.copysign_(wide))
         self._scales[name][blocks].copy_(scale.squeeze(1))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See `Moment.tensors`."""
+        codes = {f"{name}.codes": codes for name, codes in self._codes.items()}
+        return {**codes, **{f"{name}.scales": scales for name, scales in self._scales.items()}}
 
 
 def _rounded_up(root: Tensor, draw: Tensor) -> Tensor:
@@ -202,6 +218,10 @@ class Master:
         nearest = (bits + (1 << _HALF_BITS - 1)).bitwise_right_shift_(_HALF_BITS)
         upper.view(torch.int16).copy_(nearest)
         self._rest[name][span].copy_(bits.sub_(nearest.bitwise_left_shift_(_HALF_BITS)))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is kept, by parameter: the tensors themselves, not copies."""
+        return dict(self._rest)
 
 
 STATES: dict[str, Callable[[Mapping[str, Tensor], bool], Moment]] = {

@@ -123,6 +123,25 @@ def file_areas() -> list[FileArea]:
     return areas
 
 
+def untouched_bytes(address: int, nbytes: int) -> int:
+    """Bytes of private memory that nothing has written or read yet, so that no page backs them.
+
+    Args:
+        address: of the first byte.
+        nbytes: length.
+
+    Returns:
+        Those of whole pages; 0 where the system does not tell (mincore(2)).
+    """
+    start, stop = -(-address // _PAGE) * _PAGE, (address + nbytes) // _PAGE * _PAGE
+    if stop <= start:
+        return 0
+    backed = (ctypes.c_ubyte * ((stop - start) // _PAGE))()
+    if ctypes.CDLL(None).mincore(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), backed):
+        return 0
+    return _PAGE * sum(not page & 1 for page in backed)
+
+
 def _load_madvise() -> ctypes._CFuncPtr:  # type: ignore[name-defined]  # its name is private
     function = ctypes.CDLL(None).madvise
     function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)

@@ -17,7 +17,8 @@ from lowtide.cli.main import COMMANDS, main
 
 STEP_KEYS = {
     "step", "loss", "n_tokens", "wall_s", "cpu_s", "tokens_per_s", "peak_anon_bytes",
-    "peak_rss_bytes", "peak_file_bytes", "disk_read_bytes", "grad_norm", "total_tokens", "elapsed_s",
+    "peak_rss_bytes", "peak_file_bytes", "disk_read_bytes", "learning_rate", "grad_norm",
+    "grad_norms", "total_tokens", "elapsed_s",
 }  # fmt: skip
 
 

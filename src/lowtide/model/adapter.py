@@ -39,6 +39,11 @@ def parameter_name(layer: int, linear: str, part: str) -> str:
     return f"{_PREFIX}{layer}.{linear}.lora_{name}"
 
 
+def layer_of(name: str) -> int:
+    """The block, counted from 0, of a parameter by PEFT's name."""
+    return int(name.removeprefix(_PREFIX).split(".", 1)[0])
+
+
 class Adapter:
     """LoRA matrices of a model: `A (r, in)` and `B (out, r)` per adapted linear.
 

@@ -6,7 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,9 +22,12 @@ from lowtide.model.decoder import Decoder, load_model
 from lowtide.model.threads import set_threads
 
 from .budget import within_budget
-from .loop import Trainer, TrainResult, accumulates
+from .groups import Groups
+from .loop import Trainer, TrainResult
 from .observers import Quiet, RunObserver
+from .recipe import check_recipe
 from .run_dir import RunDir, check_output, check_space, made_directory
+from .schedule import Schedule, updates_of
 from .settings import DataSettings, ModelSettings, TrainSettings, check_step
 from .watch import watched
 
@@ -60,6 +63,7 @@ def train(
     check_length(model, settings.max_seq_length)
     adapter = Adapter.create(model, settings.lora_config(), settings.seed, settings.rounded_dtype)
     check_space(directory, adapter)
+    Groups(settings, adapter.parameters)  # refuses names that no parameter has
     observer.on_model(model, adapter)
     with made_directory(directory) as caches:
         report = prepare(_request(settings, model, caches))
@@ -67,15 +71,22 @@ def train(
         train_set = TokenDataset.open(report.splits["train"].path)
         valid = report.splits.get("valid")
         valid_set = None if valid is None else TokenDataset.open(valid.path)
+        if valid_set is None and settings.early_stopping_patience is not None:
+            raise ConfigError(
+                "--early-stopping-patience counts validations, and there is no validation data. "
+                "Give --valid-data or --valid-records."
+            )
         longest = max(max(train_set.lengths), 0 if valid_set is None else max(valid_set.lengths))
         fitting, guard = within_budget(
             settings,
             model,
             (longest,) * settings.batch_size,
-            accumulates=accumulates(settings),
+            accumulates=settings.accumulates,
         )
         method = get_method(settings.method, fitting)
-        trainer = Trainer(model, adapter, method, settings, guard)
+        iters = updates_of(settings, len(train_set))
+        trainer = Trainer(model, adapter, method, replace(settings, iters=iters), guard)
+        observer.on_start(iters)
         with closing(RunDir(directory, settings, settings.model)) as run_dir:
             with watched(run_dir, trainer, report, observer) as watchers:
                 with _finish_update_on_interrupt(trainer, watchers):
@@ -99,6 +110,9 @@ def check_supported(settings: TrainSettings) -> None:
             "this one with --overwrite."
         )
     check_step(settings)
+    check_recipe(settings, settings.learning_rate)
+    if settings.epochs is None:
+        Schedule.of(settings, updates_of(settings, 0))  # refuses a warm-up that is too long
     if settings.valid_data is not None and settings.valid_records:
         raise ConfigError("give --valid-data or --valid-records, not both.")
 

@@ -136,8 +136,9 @@ class Adapter:
         for layer, linear, _ in self.config.adapted(model.spec):
             weight = model.linears[layer][linear].weight
             m = self.parameters[parameter_name(layer, linear, MAGNITUDE)]
-            a, b = m.new_zeros(1, weight.shape[1]), m.new_zeros(weight.shape[0], 1)
-            m.copy_(row_norms(weight, a, b, 0.0))
+            rows, columns = weight.shape
+            a = torch.zeros(1, columns, dtype=self.compute_dtype)
+            m.copy_(row_norms(weight, a, a.new_zeros(rows, 1), 0.0))
             if not bool(m.all()):
                 raise ConfigError(
                     f"use_dora divides by the length of each row of a weight, and row "

@@ -93,6 +93,7 @@ def test_curves_on_a_small_model(
 
 MODELS = {"stories260K": "models/stories260K/hf-llama", "bundled": None}
 DATA = {"gsm8k": "data/gsm8k/train.jsonl", "alpaca": "data/alpaca_en_demo/alpaca_en_demo.json"}
+LENGTH = {"gsm8k": 64, "alpaca": 192}  # Alpaca's first 100 tokens are the same in all records
 STEPS, BATCH = 100, 4
 
 
@@ -113,7 +114,8 @@ def compared(
 ) -> None:
     """Curves of 100 updates agree, and learn; the difference is recorded for those who look."""
     at, rows = material(model, data, directory)
-    settings = {"iters": STEPS, "batch_size": BATCH, "warmup_steps": 10, "max_seq_length": 64}
+    settings = {"iters": STEPS, "batch_size": BATCH, "warmup_steps": 10}
+    settings["max_seq_length"] = LENGTH[data]
     off, losses = difference(
         at, rows, directory / "out", optimiser, schedule, **{**settings, **given}
     )

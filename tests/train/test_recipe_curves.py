@@ -93,7 +93,6 @@ def test_curves_on_a_small_model(
 
 MODELS = {"stories260K": "models/stories260K/hf-llama", "bundled": None}
 DATA = {"gsm8k": "data/gsm8k/train.jsonl", "alpaca": "data/alpaca_en_demo/alpaca_en_demo.json"}
-LENGTH = {"gsm8k": 64, "alpaca": 192}  # Alpaca's first 100 tokens are the same in all records
 STEPS, BATCH = 100, 4
 
 
@@ -103,10 +102,17 @@ def material(model: str, data: str, directory: Path) -> tuple[Path, Path]:
     text = path.read_text(encoding="utf-8")
     rows = json.loads(text) if path.suffix == ".json" else map(json.loads, text.splitlines())
     kept = directory / "rows.jsonl"
-    lines = [json.dumps(row) for row in rows][: STEPS * BATCH]
+    lines = [json.dumps(_short(row)) for row in rows][: STEPS * BATCH]
     kept.write_text("\n".join(lines) + "\n", encoding="utf-8")
     at = MODELS[model]
     return (asset_dir() if at is None else asset(at)), kept
+
+
+def _short(row: dict[str, str]) -> dict[str, str]:
+    """Alpaca's records without the preamble, which is the same in all and fills a sequence."""
+    if "instruction" not in row:
+        return row
+    return {"prompt": f"{row['instruction']}\n{row['input']}", "completion": row["output"]}
 
 
 def compared(
@@ -114,8 +120,7 @@ def compared(
 ) -> None:
     """Curves of 100 updates agree, and learn; the difference is recorded for those who look."""
     at, rows = material(model, data, directory)
-    settings = {"iters": STEPS, "batch_size": BATCH, "warmup_steps": 10}
-    settings["max_seq_length"] = LENGTH[data]
+    settings = {"iters": STEPS, "batch_size": BATCH, "warmup_steps": 10, "max_seq_length": 64}
     off, losses = difference(
         at, rows, directory / "out", optimiser, schedule, **{**settings, **given}
     )

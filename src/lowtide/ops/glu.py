@@ -29,6 +29,7 @@ from .lora_linear import (
     to_rank,
     zeros_of_rank,
 )
+from .products import add_product_, product_
 
 
 class Activation(NamedTuple):
@@ -89,7 +90,7 @@ def _columns(
     """Columns `span` of `n W^T + b + s h B^T` into `out`; returns the widened tile of W."""
     start, stop = span
     weight = linear.weight.rows(start, stop, tile)
-    torch.mm(n, weight.t(), out=out)
+    product_(out, n, weight.t())
     if linear.bias is not None:
         out.add_(linear.bias[start:stop])
     if linear.lora is not None and h is not None:
@@ -109,17 +110,17 @@ def glu_forward(
         buffers: see `GluBuffers`; the activations' first three are used.
         keep: overwritten with G and U; None where the backward recomputes them.
     """
-    tokens = n.shape[0]
     down = mlp.down.lora
     activate = ACTIVATIONS[mlp.activation].forward
     h_gate, h_up = _input_h(n, mlp.gate.lora), _input_h(n, mlp.up.lora)
     h_down = None if down is None else _down_h(n, down)
+    activations = _Activations(buffers, n.shape[0], keep)
     for start, stop in spans(mlp.gate.weight.shape[0], buffers.width):
-        gate, up, other = _activations(buffers, tokens, (start, stop), keep)[:3]
+        gate, up, other, _ = activations(start, stop)
         _columns(n, mlp.gate, h_gate, (start, stop), buffers.tiles[0], gate)
         _columns(n, mlp.up, h_up, (start, stop), buffers.tiles[0], up)
         act = activate(gate, out=gate if keep is None else other).mul_(up)
-        out.addmm_(act, mlp.down.weight.cols(start, stop, buffers.tiles[0]).t())
+        add_product_(out, act, mlp.down.weight.cols(start, stop, buffers.tiles[0]).t())
         if down is not None and h_down is not None:
             h_down.addmm_(dropped(act, down, start), down.a[:, start:stop].t())
     if mlp.down.bias is not None:
@@ -186,15 +187,22 @@ class _Down:
             emit(self.da, to_rank(dy.t(), self.h).contiguous().mul_(self.lora.scale))
 
 
-def _activations(
-    buffers: GluBuffers, tokens: int, span: tuple[int, int], kept: Columns | None
-) -> list[Tensor]:
-    """Four `(T, stop - start)`: the first two are for G and U, where they are kept if they are."""
-    shape = (tokens, span[1] - span[0])
-    parts = [b[: shape[0] * shape[1]].view(shape) for b in buffers.activations]
-    if kept is not None:
-        parts[:2] = [whole[:, slice(*span)] for whole in kept]
-    return parts
+class _Activations:
+    """Four `(T, stop - start)` of a tile: the first two are for G and U, kept if they are."""
+
+    def __init__(self, buffers: GluBuffers, tokens: int, kept: Columns | None) -> None:
+        self._buffers, self._tokens, self._kept = buffers, tokens, kept
+        self._of_width: dict[int, list[Tensor]] = {}  # thousands of views made once
+
+    def __call__(self, start: int, stop: int) -> list[Tensor]:
+        width = stop - start
+        if width not in self._of_width:
+            flat = [b[: self._tokens * width] for b in self._buffers.activations]
+            self._of_width[width] = [b.view(self._tokens, width) for b in flat]
+        parts = self._of_width[width]
+        if self._kept is None:
+            return parts
+        return [*(whole[:, start:stop] for whole in self._kept), *parts[2:]]
 
 
 def glu_backward(
@@ -218,15 +226,15 @@ def glu_backward(
         emits: one per linear (gate, up, down), called with its (dA, dB).
         kept: G and U of the forward instead of recomputing them; overwritten.
     """
-    tokens = n.shape[0]
     dn.zero_()
     activate, activate_backward = ACTIVATIONS[mlp.activation]
     gate_grads, up_grads = _Branch(n, mlp.gate), _Branch(n, mlp.up)
     down_grads = _Down(dy, mlp.down.lora)
+    activations = _Activations(buffers, n.shape[0], kept)
     for start, stop in spans(mlp.gate.weight.shape[0], buffers.width):
-        gate, up, other, dact = _activations(buffers, tokens, (start, stop), kept)
+        gate, up, other, dact = activations(start, stop)
         # First, so that the down projection's tile is free again for the gate's.
-        torch.mm(dy, mlp.down.weight.cols(start, stop, buffers.tiles[0]), out=dact)
+        product_(dact, dy, mlp.down.weight.cols(start, stop, buffers.tiles[0]))
         down_grads.input_gradient(dact, start)
         if kept is None:
             w_gate = _columns(n, mlp.gate, gate_grads.h, (start, stop), buffers.tiles[0], gate)
@@ -240,7 +248,7 @@ def glu_backward(
         d_gate = activate_backward(d_f, gate, grad_input=dact)
         up_grads.tile(d_up, start, stop)
         gate_grads.tile(d_gate, start, stop)
-        dn.addmm_(d_gate, w_gate).addmm_(d_up, w_up)
+        add_product_(add_product_(dn, d_gate, w_gate), d_up, w_up)
     down_grads.finish(dy, emits[2])
     up_grads.finish(n, dn, emits[1])
     gate_grads.finish(n, dn, emits[0])

@@ -35,6 +35,8 @@ class Rule:
     """Text must not be empty."""
     listed: bool = False
     """Text that may come as a list, which is joined by commas."""
+    elsewhere: Mapping[str, str] = field(default_factory=dict)
+    """What other programs call a choice -> what to give here; used in suggestions only."""
     metavar: str | None = None
     """What `--help` shows for the value, where the type does not say."""
 
@@ -101,6 +103,21 @@ ELSEWHERE = {
     "adapter": "adapter_path",
     "max_new_tokens": "max_tokens",
     "gradient_accumulation_steps": "grad_accumulation_steps",
+    "optim": "optimizer",
+    "num_train_epochs": "epochs",
+    "lr_scheduler_type": "lr_schedule",
+    "lr_scheduler": "lr_schedule",
+    "warmup": "warmup_steps",
+    "num_warmup_steps": "warmup_steps",
+    "clip_grad_norm": "max_grad_norm",
+    "grad_clip": "max_grad_norm",
+    "adam_beta1": "beta1",
+    "adam_beta2": "beta2",
+    "adam_epsilon": "adam_eps",
+    "lora_plus_ratio": "loraplus_lr_ratio",
+    "loraplus_ratio": "loraplus_lr_ratio",
+    "patience": "early_stopping_patience",
+    "early_stopping_threshold": "early_stopping_min_delta",
 }
 """What other programs call a setting -> what it is called here; used in suggestions only."""
 
@@ -166,10 +183,9 @@ def _check_text(name: str, value: str, rule: Rule) -> None:
     if rule.filled and not value.strip():
         raise ValueError(f"{name} is empty; expected: {rule.help}")
     if rule.choices is not None and value not in rule.choices:
-        raise ValueError(
-            f"{name} = {value!r}: choose {', '.join(rule.choices)}"
-            f"{did_you_mean(value, rule.choices)}"
-        )
+        usual = rule.elsewhere.get(value)
+        meant = f"; here it is {usual}" if usual else did_you_mean(value, rule.choices)
+        raise ValueError(f"{name} = {value!r}: choose {', '.join(rule.choices)}{meant}")
 
 
 def _check_range(name: str, value: float, rule: Rule) -> None:

@@ -11,7 +11,13 @@ from safetensors.torch import load_file
 import lowtide as lt
 from lowtide.train.loop import TrainResult
 
-FILES = {"adapter_model.safetensors", "adapter_config.json", "run.yaml", "metrics.jsonl"}
+FILES = {
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "run.yaml",
+    "metrics.jsonl",
+    "events.jsonl",
+}
 
 
 def train(model: Path, data: Path, out: Path, observer: Any = None, **given: Any) -> TrainResult:

@@ -11,6 +11,7 @@ from lowtide.infer.evaluate import Evaluation
 from lowtide.model.adapter import Adapter
 from lowtide.model.decoder import Decoder
 from lowtide.train.loop import StepReport, TrainResult
+from lowtide.train.observers import Quiet
 from lowtide.train.run import train
 from lowtide.train.settings import TrainSettings
 
@@ -18,7 +19,7 @@ from .output import Output, count, duration, megabytes, settings_of
 
 _DESCRIPTION = (
     "Fine-tune a LoRA adapter. Writes PEFT's adapter_model.safetensors and adapter_config.json, "
-    "run.yaml (all settings) and metrics.jsonl (one line per update)."
+    "run.yaml (all settings), metrics.jsonl (one line per update) and events.jsonl."
 )
 
 
@@ -39,13 +40,14 @@ def run(argv: Sequence[str]) -> int:
     return 130 if result.interrupted else 0
 
 
-class Progress:
+class Progress(Quiet):
     """A live bar on a terminal, a line every `steps_per_report` updates elsewhere."""
 
     def __init__(self, settings: TrainSettings, output: Output) -> None:
         """Nothing is drawn before the first step."""
         self._settings, self._output = settings, output
-        self._bar = _Bar(settings.iters, output) if output.stream.isatty() else None
+        self._bar: _Bar | None = None
+        self._iters = 0
         self._wall = 0.0
         self._recent: list[StepReport] = []
 
@@ -67,30 +69,42 @@ class Progress:
         for name, split in report.splits.items():
             self._output.say(f"{name:<8} {split.summary()}")
 
+    def on_start(self, iters: int) -> None:
+        """Set up the bar, where there is a terminal."""
+        self._iters = iters
+        if self._output.stream.isatty():
+            self._bar = _Bar(iters, self._output)
+
     def on_step(self, report: StepReport) -> None:
         """Advance the bar, or print a line now and then."""
         self._wall += report.wall_s
         self._recent.append(report)
-        left = (self._settings.iters - report.step) * self._wall / report.step
+        left = (self._iters - report.step) * self._wall / report.step
         due = report.step % self._settings.steps_per_report == 0
         if self._bar is not None:
             self._bar.advance(report, left)
-        elif due or report.step in (1, self._settings.iters):
+        elif due or report.step in (1, self._iters):
             loss = sum(r.loss * r.n_tokens for r in self._recent) / sum(
                 r.n_tokens for r in self._recent
             )
             self._output.say(
-                f"step {report.step}/{self._settings.iters}  loss {loss:.4f}  "
+                f"step {report.step}/{self._iters}  loss {loss:.4f}{self._rate(report)}  "
                 f"{report.tokens_per_s:,.0f} tokens/s  "
                 f"peak {megabytes(report.peak_anon_bytes)}  {duration(left)} left"
             )
         if due:
             self._recent.clear()
 
+    def _rate(self, report: StepReport) -> str:
+        """The learning rate, where it changes."""
+        s = self._settings
+        changes = s.lr_schedule != "constant" or s.warmup_steps or s.warmup_ratio
+        return f"  rate {report.learning_rate:.2e}" if changes else ""
+
     def on_valid(self, step: int, result: Evaluation) -> None:
         """Print the validation loss."""
         self._output.say(
-            f"step {step}/{self._settings.iters}  validation loss {result.loss:.4f} "
+            f"step {step}/{self._iters}  validation loss {result.loss:.4f} "
             f"({result.n_tokens:,} tokens)"
         )
 
@@ -146,6 +160,11 @@ def _short(adapter: Adapter) -> list[str]:
 
 def _summary(settings: TrainSettings, result: TrainResult, output: Output) -> None:
     verb = "interrupted after" if result.interrupted else "done:"
+    if result.stopped_early:
+        verb = (
+            f"stopped early, after {settings.early_stopping_patience} validations without "
+            "improvement:"
+        )
     valid = "" if result.valid_loss is None else f", validation loss {result.valid_loss:.4f}"
     output.say(
         f"{verb} {result.steps} updates, {result.n_tokens:,} trained tokens in "

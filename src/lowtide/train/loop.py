@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -14,7 +14,7 @@ import torch
 from lowtide.errors import BudgetError, ModelError, OutputError, TrainingError
 from lowtide.infer.evaluate import Evaluation, Sequences, batch_of, evaluate
 from lowtide.memory.measure import MemoryMeter, read_from_disk
-from lowtide.methods import Method, Step
+from lowtide.methods import GradSink, Method, Step
 from lowtide.methods.base import require_finite
 from lowtide.model.adapter import Adapter
 from lowtide.model.batch import Batch
@@ -22,10 +22,12 @@ from lowtide.model.decoder import Decoder
 
 from .budget import Guard
 from .optim import OPTIMIZERS
-from .order import RecordOrder
+from .order import RecordOrder, batch_rule, largest_batch
 from .run_dir import RunDir
+from .schedule import DEFAULT_ITERS, Schedule
 from .settings import TrainSettings
-from .sink import AccumulateSink, ApplySink
+from .sink import Norms, updater
+from .stopping import EarlyStopping
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,9 @@ class StepReport:
     peak_rss_bytes: int
     peak_file_bytes: int
     disk_read_bytes: int
-    grad_norm: float | None = None
+    learning_rate: float
+    grad_norm: float
+    grad_norms: list[float | None]
 
 
 @dataclass(frozen=True)
@@ -58,10 +62,19 @@ class TrainResult:
     peak_anon_bytes: int
     peak_rss_bytes: int
     interrupted: bool = False
+    stopped_early: bool = False
+
+
+class Update(NamedTuple):
+    """What one update was: the mean loss before it, its rate, its gradients' norms unclipped."""
+
+    loss: float
+    learning_rate: float
+    norms: Norms
 
 
 class Observer(Protocol):
-    """Told of what happens; the command line draws progress from it."""
+    """Told of what happens: it keeps the metrics, and draws progress."""
 
     def on_step(self, report: StepReport) -> None:
         """An update was made."""
@@ -84,16 +97,31 @@ class Trainer:
         settings: TrainSettings,
         guard: Guard | None = None,
     ) -> None:
-        """Set up the optimiser and the gradient sink that the settings ask for."""
+        """Set up the optimiser and the way of updating that the settings ask for.
+
+        Args:
+            model: frozen.
+            adapter: trained in place.
+            method: gives the gradients.
+            settings: of the run; `iters` says how many updates it has.
+            guard: keeps watch over a memory budget.
+
+        Raises:
+            ConfigError: the schedule or the groups do not fit the run.
+        """
         self.model, self.adapter, self.method, self.settings = model, adapter, method, settings
         self._guard = guard
-        optimizer = OPTIMIZERS[settings.optimizer](settings, adapter.parameters)
-        self._sink: ApplySink | AccumulateSink = (
-            AccumulateSink(adapter.parameters, optimizer, settings.max_grad_norm)
-            if accumulates(settings)
-            else ApplySink(adapter.parameters, optimizer)
-        )
+        self.iters = settings.iters or DEFAULT_ITERS
+        self._schedule = Schedule.of(settings, self.iters)
+        self._optimizer = OPTIMIZERS[settings.optimizer](settings, adapter.parameters)
+        self._updater = updater(settings, adapter.parameters, self._optimizer)
+        self._stopping = EarlyStopping.of(settings)
         self._stop_requested = self._updating = False
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """What `--memory-budget` allows."""
+        return None if self._guard is None else self._guard.budget_bytes
 
     def request_stop(self) -> bool:
         """End the run after the update that is being made, with its adapter saved.
@@ -117,15 +145,15 @@ class Trainer:
             self._guard.admit(lengths)
         self.method.reserve(self.model, sum(lengths), max(lengths))
 
-    def update(self, batches: list[Batch], step: int) -> tuple[float, float | None]:
+    def update(self, batches: list[Batch], step: int) -> Update:
         """One optimiser update from micro-batches, each token weighing the same.
 
         Args:
             batches: micro-batches of this update.
-            step: its number, from 1; seeds the dropout.
+            step: its number, from 1; decides the learning rate and seeds the dropout.
 
         Returns:
-            The mean loss per labelled token before the update, and the gradient norm if known.
+            The mean loss per labelled token before the update, the rate and the norms.
 
         Raises:
             TrainingError: a loss or gradient is not finite; the parameters of a non-finite loss
@@ -137,19 +165,20 @@ class Trainer:
             for lengths in {batch.lengths for batch in batches}:
                 self._guard.admit(lengths)
         n_tokens = sum(batch.n_tokens for batch in batches)
-        total = 0.0
-        for number, batch in enumerate(batches):
-            seed = (self.settings.seed * 1_000_003 + step) * 1_009 + number
-            total += self.method.step(
-                self.model,
-                self.adapter,
-                batch,
-                self._sink,
-                Step(1.0 / n_tokens, seed, step - 1, seed),
-            )
-        norm = self._sink.finish()
+
+        def run(sink: GradSink) -> float:
+            total = 0.0
+            for number, batch in enumerate(batches):
+                seed = (self.settings.seed * 1_000_003 + step) * 1_009 + number
+                one = Step(1.0 / n_tokens, seed, step - 1, seed)
+                total += self.method.step(self.model, self.adapter, batch, sink, one)
+            return total
+
+        rate = self._schedule.rate(step)
+        self._optimizer.start(step, rate)
+        total, norms = self._updater.update(run)
         self.model.checkpoint.check_unchanged()  # before anything of this update is kept
-        return total / n_tokens, norm
+        return Update(total / n_tokens, rate, norms)
 
     def run(
         self,
@@ -194,27 +223,28 @@ class Trainer:
     def _steps(self, run: _Run, meter: MemoryMeter) -> None:
         train, valid, run_dir, observer, history = run
         s = self.settings
-        longest = max(max(train.lengths), 0 if valid is None else max(valid.lengths))
-        self.reserve([longest] * s.batch_size)
-        order = RecordOrder(len(train), s.seed)
+        order = RecordOrder(train, batch_rule(s))
+        self.reserve(largest_batch(s, train, valid))
         self._validate(run, 0)
-        for step in range(1, s.iters + 1):
-            micro = [order.take(s.batch_size) for _ in range(s.grad_accumulation_steps)]
+        for step in range(1, self.iters + 1):
+            micro = [order.take() for _ in range(s.grad_accumulation_steps)]
             batches = [batch_of(train, chosen) for chosen in micro]
             self._updating = True
             report = measured_update(self, batches, step, meter)
             history.add(report, batches[-1])
             self._updating = False
             run_dir.confirm()
-            run_dir.log(asdict(report))
             observer.on_step(report)
             if self._guard is not None:
                 self._guard.check(report.peak_anon_bytes)
             if self._stop_requested:
                 raise KeyboardInterrupt
-            if step % s.steps_per_eval == 0 or step == s.iters:
+            if step % s.steps_per_eval == 0 or step == self.iters:
                 self._validate(run, step)
-            if step % s.save_every == 0 and step < s.iters:
+                if self._stopping.due and step < self.iters:
+                    history.stopped_early = True
+                    return
+            if step % s.save_every == 0 and step < self.iters:
                 run_dir.save(self.adapter, step)
                 observer.on_save(step)
 
@@ -238,13 +268,8 @@ class Trainer:
             batch_size=s.batch_size, max_batches=s.val_batches,
         )  # fmt: skip
         run.history.valid_loss, run.history.validated_step = result.loss, step
-        run.run_dir.log({"step": step, "valid_loss": result.loss, "n_tokens": result.n_tokens})
+        self._stopping.see(result.loss)
         run.observer.on_valid(step, result)
-
-
-def accumulates(settings: TrainSettings) -> bool:
-    """Whether an update needs the gradients of all parameters at once."""
-    return settings.grad_accumulation_steps > 1 or settings.max_grad_norm is not None
 
 
 def measured_update(
@@ -253,12 +278,12 @@ def measured_update(
     """One update, with its time and its peak of memory."""
     meter.take()
     wall, cpu, read = time.perf_counter(), sum(os.times()[:2]), read_from_disk()
-    loss, norm = trainer.update(batches, step)
+    update = trainer.update(batches, step)
     wall, cpu = time.perf_counter() - wall, sum(os.times()[:2]) - cpu
     peak = meter.take()
     return StepReport(
         step=step,
-        loss=loss,
+        loss=update.loss,
         n_tokens=sum(batch.n_tokens for batch in batches),
         wall_s=wall,
         cpu_s=cpu,
@@ -267,7 +292,9 @@ def measured_update(
         peak_rss_bytes=peak.rss_bytes,
         peak_file_bytes=peak.file_bytes,
         disk_read_bytes=read_from_disk() - read,
-        grad_norm=norm,
+        learning_rate=update.learning_rate,
+        grad_norm=update.norms.total,
+        grad_norms=[None if n is None else float(f"{n:.4g}") for n in update.norms.by_layer],
     )
 
 
@@ -283,7 +310,7 @@ class _History:
 
     def __init__(self) -> None:
         self.steps = 0
-        self.interrupted = False
+        self.interrupted = self.stopped_early = False
         self.last: Batch | None = None
         self.valid_loss: float | None = None
         self.validated_step: int | None = None
@@ -303,7 +330,7 @@ class _History:
     def result(self) -> TrainResult:
         return TrainResult(
             self.steps, self._loss, self.valid_loss, self._tokens, self._wall, self._cpu,
-            self._anon, self._rss, self.interrupted,
+            self._anon, self._rss, self.interrupted, self.stopped_early,
         )  # fmt: skip
 
 

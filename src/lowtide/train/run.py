@@ -6,61 +6,31 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 from lowtide.config import build
 from lowtide.data.cache import TokenDataset
 from lowtide.data.formats import FeatureNames
-from lowtide.data.prepare import PrepareReport, PrepareRequest, prepare
+from lowtide.data.prepare import PrepareRequest, prepare
 from lowtide.errors import ConfigError, DataError
-from lowtide.infer.evaluate import Evaluation
 from lowtide.methods import get_method
 from lowtide.model.adapter import Adapter
 from lowtide.model.decoder import Decoder, load_model
 from lowtide.model.threads import set_threads
 
 from .budget import within_budget
-from .loop import Observer, StepReport, Trainer, TrainResult, accumulates
+from .groups import Groups
+from .loop import Trainer, TrainResult
+from .observers import Quiet, RunObserver
+from .order import batches_in_pass, check_batches, largest_batch
+from .recipe import check_recipe
 from .run_dir import RunDir, check_output, check_space, made_directory
+from .schedule import Schedule, updates_of
 from .settings import DataSettings, ModelSettings, TrainSettings, check_step
-
-
-class RunObserver(Observer, Protocol):
-    """An observer that also hears of the preparation."""
-
-    def on_model(self, model: Decoder, adapter: Adapter) -> None:
-        """The model is mapped and the adapter made."""
-
-    def on_data(self, report: PrepareReport) -> None:
-        """The data is tokenised."""
-
-    def on_stopping(self) -> None:
-        """Ctrl-C was heard; the update being made is finished first."""
-
-
-class Quiet:
-    """An observer that says nothing."""
-
-    def on_model(self, model: Decoder, adapter: Adapter) -> None:
-        """Nothing."""
-
-    def on_data(self, report: PrepareReport) -> None:
-        """Nothing."""
-
-    def on_step(self, report: StepReport) -> None:
-        """Nothing."""
-
-    def on_valid(self, step: int, result: Evaluation) -> None:
-        """Nothing."""
-
-    def on_save(self, step: int) -> None:
-        """Nothing."""
-
-    def on_stopping(self) -> None:
-        """Nothing."""
+from .watch import watched
 
 
 def train(
@@ -94,6 +64,7 @@ def train(
     check_length(model, settings.max_seq_length)
     adapter = Adapter.create(model, settings.lora_config(), settings.seed, settings.rounded_dtype)
     check_space(directory, adapter)
+    Groups(settings, adapter.parameters)  # refuses names that no parameter has
     observer.on_model(model, adapter)
     with made_directory(directory) as caches:
         report = prepare(_request(settings, model, caches))
@@ -101,18 +72,27 @@ def train(
         train_set = TokenDataset.open(report.splits["train"].path)
         valid = report.splits.get("valid")
         valid_set = None if valid is None else TokenDataset.open(valid.path)
-        longest = max(max(train_set.lengths), 0 if valid_set is None else max(valid_set.lengths))
+        if valid_set is None and settings.early_stopping_patience is not None:
+            raise ConfigError(
+                "--early-stopping-patience counts validations, and there is no validation data. "
+                "Give --valid-data or --valid-records."
+            )
         fitting, guard = within_budget(
             settings,
             model,
-            (longest,) * settings.batch_size,
-            accumulates=accumulates(settings),
+            largest_batch(settings, train_set, valid_set),
+            accumulates=settings.accumulates,
         )
         method = get_method(settings.method, fitting)
-        trainer = Trainer(model, adapter, method, settings, guard)
+        iters = updates_of(settings, batches_in_pass(settings, train_set))
+        trainer = Trainer(model, adapter, method, replace(settings, iters=iters), guard)
+        observer.on_start(iters)
         with closing(RunDir(directory, settings, settings.model)) as run_dir:
-            with _finish_update_on_interrupt(trainer, observer):
-                return trainer.run(train_set, valid_set, run_dir, observer)
+            with watched(run_dir, trainer, report, observer) as watchers:
+                with _finish_update_on_interrupt(trainer, watchers):
+                    result = trainer.run(train_set, valid_set, run_dir, watchers)
+                watchers.end(result)
+                return result
 
 
 def check_supported(settings: TrainSettings) -> None:
@@ -130,6 +110,10 @@ def check_supported(settings: TrainSettings) -> None:
             "this one with --overwrite."
         )
     check_step(settings)
+    check_batches(settings)
+    check_recipe(settings, settings.learning_rate)
+    if settings.epochs is None:
+        Schedule.of(settings, updates_of(settings, 0))  # refuses a warm-up that is too long
     if settings.valid_data is not None and settings.valid_records:
         raise ConfigError("give --valid-data or --valid-records, not both.")
 

@@ -19,8 +19,8 @@ from lowtide.weights.writer import write_atomically
 
 from .settings import TrainSettings
 
-SETTINGS_FILE, METRICS_FILE = "run.yaml", "metrics.jsonl"
-_RUN_FILES = (WEIGHTS_FILE, CONFIG_FILE, SETTINGS_FILE, METRICS_FILE)
+SETTINGS_FILE, METRICS_FILE, EVENTS_FILE = "run.yaml", "metrics.jsonl", "events.jsonl"
+_RUN_FILES = (WEIGHTS_FILE, CONFIG_FILE, SETTINGS_FILE, METRICS_FILE, EVENTS_FILE)
 _SPARE_BYTES = 1 << 20
 
 
@@ -238,18 +238,19 @@ class RunDir:
             shutil.rmtree(self._hidden, ignore_errors=True)
         self._spare.unlink(missing_ok=True)
 
-    def log(self, entry: Mapping[str, object]) -> None:
-        """Append one line to metrics.jsonl.
+    def log(self, entry: Mapping[str, object], name: str = METRICS_FILE) -> None:
+        """Append one line to a file of JSON lines.
 
         Args:
             entry: what JSON can hold.
+            name: of the file.
 
         Raises:
             OutputError: the disk is full.
         """
         directory = self._hidden or self.directory
         try:
-            with open(directory / METRICS_FILE, "a", encoding="utf-8") as file:
+            with open(directory / name, "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
         except OSError as error:
             raise _unwritable(self.directory, error) from error

@@ -32,6 +32,7 @@ from lowtide.model.reference import (
 )
 from lowtide.model.workspace import Workspace
 from lowtide.ops.attention import Heads
+from lowtide.ops.dora import row_norms
 from lowtide.ops.frozen import matmul_, matmul_t_
 from lowtide.weights.matrix import StoredMatrix
 
@@ -76,7 +77,7 @@ def lean_kernels(tile: Tensor) -> Kernels:
         y: Tensor = _FrozenProduct.apply(x, weight, tile)  # type: ignore[no-untyped-call]  # torch does not type it
         return y
 
-    return Kernels(product, _fused_attention)
+    return Kernels(product, _fused_attention, row_norms)
 
 
 class Mebp:
@@ -101,7 +102,7 @@ class Mebp:
         """See `Method.step`."""
         ws, inputs = self._buffers.for_batch(model, batch, model.spec.num_layers + 1)
         seed = step.dropout_seed
-        kernels = lean_kernels(ws.tile)
+        kernels = lean_kernels(ws.linear_tile)
         with torch.no_grad():
             embed(model, batch.ids, inputs[0])
             for layer in range(model.spec.num_layers):
@@ -109,12 +110,12 @@ class Mebp:
                 inputs[layer + 1].copy_(x)
         total = self._loss_backward_(model, inputs[-1], batch, ws, step.scale)
         dy = inputs[-1]
-        for layer in reversed(range(model.spec.num_layers)):
+        trained = adapter.config.trained_layers(model.spec)
+        for layer in reversed(trained):
             leaves = adapter.leaves(layer)
-            x = inputs[layer].detach().requires_grad_(layer > 0)
-            wanted = [*([x] if layer > 0 else []), *leaves.values()]
-            if not wanted:
-                break
+            below = layer > trained[0]
+            x = inputs[layer].detach().requires_grad_(below)
+            wanted = [*([x] if below else []), *leaves.values()]
             with torch.enable_grad():
                 tracked = Adapter(adapter.config, leaves)
                 y = reference_block(model, tracked, layer, x, batch, seed, kernels)
@@ -122,7 +123,7 @@ class Mebp:
                 product = torch.dot(y.flatten(), dy.flatten())
             grads = list(torch.autograd.grad(product, wanted))
             del y, product
-            if layer > 0:
+            if below:
                 dy = grads.pop(0)
             for name in leaves:
                 sink.add(name, grads.pop(0))
@@ -136,7 +137,7 @@ class Mebp:
             return require_finite(loss_backward_(model, x, batch, ws, scale=scale))
         output = x.detach().clone().requires_grad_()
         with torch.enable_grad():
-            logits = reference_head(model, output, lean_kernels(ws.tile))
+            logits = reference_head(model, output, lean_kernels(ws.linear_tile))
             loss = F.cross_entropy(logits, batch.targets, ignore_index=IGNORED, reduction="sum")
             del logits
             total = require_finite(loss.detach())
@@ -147,7 +148,7 @@ class Mebp:
     def loss(self, model: Decoder, adapter: Adapter | None, batch: Batch) -> float:
         """See `Method.loss`: the forward of `step`, and the sweep over the vocabulary."""
         ws, inputs = self._buffers.for_batch(model, batch, 1)
-        kernels = lean_kernels(ws.tile)
+        kernels = lean_kernels(ws.linear_tile)
         with torch.no_grad():
             x = inputs[0]
             embed(model, batch.ids, x)

@@ -154,7 +154,7 @@ def _attend(
     targets = (*raw, v) if raw else (q, k, v)
     linears = with_one_h(n, (block.q, block.k, block.v))
     for linear, out in zip(linears, targets, strict=True):
-        linear_forward(n, linear, out, ws.tile)
+        linear_forward(n, linear, out, ws.linear_tile)
     stats = []
     for before, after, weight in zip(raw, (q, k), (block.norms.q, block.norms.k), strict=False):
         assert weight is not None
@@ -188,14 +188,19 @@ def _add_branch(
     out.add_(branch, alpha=block.scale)
 
 
+def _apart(linear: Linear, norm: Tensor | None, block: Block) -> bool:
+    """Whether a branch cannot be summed where its residual is: something multiplies its sum."""
+    return norm is not None or block.scale != 1.0 or linear.magnitude is not None
+
+
 def _add_attention(out: Tensor, attended: Tensor, block: Block, ws: Workspace) -> None:
     """`out += s post_a(attended Wo^T)`."""
     weight = block.norms.after_attention
-    if weight is None and block.scale == 1.0:
-        linear_forward(attended, block.o, out, ws.tile, beta=1.0)
+    if not _apart(block.o, weight, block):
+        linear_forward(attended, block.o, out, ws.linear_tile, beta=1.0)
         return
     branch, n = ws.wide(4, *out.shape), ws.wide(0, *out.shape)
-    linear_forward(attended, block.o, branch, ws.tile)
+    linear_forward(attended, block.o, branch, ws.linear_tile)
     _add_branch(out, branch, weight, block, n)
 
 
@@ -235,7 +240,7 @@ def block_forward(
     n = ws.wide(0, *x.shape)
     if _normed(out, block.norms.before_mlp, block.eps, n) is None:
         n.copy_(out)
-    if block.norms.after_mlp is None and block.scale == 1.0:
+    if not _apart(block.glu.down, block.norms.after_mlp, block):
         glu_forward(n, _mlp(n, block.glu), out, ws.glu, columns)
         return
     kept = None if keep is None else keep.branch
@@ -251,7 +256,7 @@ def block_backward(
     at: Positions,
     ws: Workspace,
     *,
-    emit: Callable[[str, Tensor, Tensor], None],
+    emit: Callable[..., None],
     input_gradient: bool = True,
     kept: Kept | None = None,
 ) -> None:
@@ -263,7 +268,8 @@ def block_backward(
         block: weights and adapters.
         at: segments and rotary tables.
         ws: buffers, overwritten.
-        emit: called with (projection's name, dA, dB) when A and B are not needed any more.
+        emit: called with (projection's name, dA, dB), and dm under DoRA, when A, B and m are not
+            needed any more.
         input_gradient: False in the first block; `dy` is then left meaningless.
         kept: what the forward of this block kept, overwritten; None where it kept nothing.
     """
@@ -333,10 +339,10 @@ def _attention_backward(
     n, dn = ws.wide(0, tokens, hidden), ws.wide(4, tokens, hidden)
     weight = block.norms.after_attention
     if weight is not None:
-        linear_forward(o, block.o, n, ws.tile)
+        linear_forward(o, block.o, n, ws.linear_tile)
     db = _branch_gradient(dy, n, weight, block, dn)
     do = ws.wide(3, tokens, q.shape[1]).zero_()
-    linear_backward(db, o, block.o, do, ws.tile, emit=grads.of("o"))
+    linear_backward(db, o, block.o, do, ws.linear_tile, emit=grads.of("o"))
     dk, dv = ws.narrow(2, tokens), ws.narrow(3, tokens)
     attention_backward(
         do, q, k, v, o, lse, block.heads, at.segments, dk=dk, dv=dv, scores=ws.scores
@@ -355,6 +361,6 @@ def _attention_backward(
         dx = dn.zero_() if input_gradient else None
     linears = with_one_h(n, (block.q, block.k, block.v))
     for role, linear, dout in zip("qkv", linears, (q, dk, dv), strict=True):
-        linear_backward(dout, n, linear, dx, ws.tile, emit=grads.of(role))
+        linear_backward(dout, n, linear, dx, ws.linear_tile, emit=grads.of(role))
     if input_gradient and before_attention is not None and attended.rstd is not None:
         rmsnorm_backward_(dy, dn, x, before_attention, attended.rstd, scratch=n)

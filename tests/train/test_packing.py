@@ -85,7 +85,7 @@ def test_the_largest_batch_counts_validation_too() -> None:
 
 def test_a_packed_run_holds_its_budget(model: Path, data: Path, tmp_path: Path) -> None:
     """What the planner predicted for the fullest batch is enough for all."""
-    given = {"packing": True, "batch_size": 2, "max_seq_length": 48, "memory_budget": "8MB"}
+    given = {"packing": True, "batch_size": 2, "max_seq_length": 48, "memory_budget": "20MB"}
     result = train(model, data, tmp_path / "out", iters=12, **given)
     plain = train(model, data, tmp_path / "plain", iters=12, batch_size=2, max_seq_length=48)
     assert result.steps == 12

@@ -37,6 +37,8 @@ class Rule:
     """Text that may come as a list, which is joined by commas."""
     metavar: str | None = None
     """What `--help` shows for the value, where the type does not say."""
+    changeable: bool = False
+    """Whether a resumed run may have another value and still be the same run."""
 
 
 def setting(default: Any = MISSING, **rule: Any) -> Any:
@@ -291,25 +293,24 @@ def _shown(default: Any) -> str:
     return words[default] if default is None or isinstance(default, bool) else str(default)
 
 
-def from_command_line(kind: type[S], parsed: argparse.Namespace) -> S:
-    """Settings from the `--config` file and the flags, which win.
+def given_values(parsed: argparse.Namespace) -> dict[str, Any]:
+    """What the `--config` file and the flags, which win, say; defaults are not among them.
 
     Args:
-        kind: the settings dataclass.
         parsed: what the parser of `parser_for` returned.
 
     Returns:
-        The settings.
+        Values by field name.
 
     Raises:
-        ConfigError: the file cannot be read, or `build` refuses a value.
+        ConfigError: the file cannot be read.
     """
     given = dict(vars(parsed))
     given.pop("json")
     path = given.pop("config")
     from_file = read_yaml(Path(path)) if path is not None else {}
     normal = {str(key).replace("-", "_"): value for key, value in from_file.items()}
-    return build(kind, {**normal, **given})
+    return {**normal, **given}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

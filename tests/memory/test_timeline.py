@@ -238,7 +238,9 @@ def test_the_sum_explains_the_peak(tmp_path: Path, method: str) -> None:
     )  # fmt: skip
     peak, untouched, metered = json.loads(done.stdout)
     assert peak["sum_bytes"] > 15_000_000
-    assert abs(peak["sum_bytes"] - untouched - peak["rss_anon_bytes"]) <= 0.1 * peak["rss_anon_bytes"]
+    assert (
+        abs(peak["sum_bytes"] - untouched - peak["rss_anon_bytes"]) <= 0.1 * peak["rss_anon_bytes"]
+    )
     assert abs(peak["rss_anon_bytes"] - metered) <= 0.05 * metered
 
 

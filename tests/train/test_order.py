@@ -29,6 +29,6 @@ def test_an_order_goes_on_from_any_position(taken: int) -> None:
 
 def test_a_position_behind_the_last_record_is_the_end_of_its_pass() -> None:
     shorter, whole = RecordOrder(4, seed=1), RecordOrder(4, seed=1)
-    shorter.seek({"epoch": 2, "place": 9})
+    shorter.seek({"epoch": 2, "offset": 9})
     whole.take(12)
     assert shorter.take(4) == whole.take(4)

@@ -21,7 +21,8 @@ from lowtide.model.batch import Batch
 from lowtide.model.decoder import Decoder
 from lowtide.model.flops import step_flops
 from lowtide.train.budget import within_budget
-from lowtide.train.loop import StepReport, Trainer, measured_update
+from lowtide.train.history import StepReport
+from lowtide.train.loop import Trainer, measured_update
 from lowtide.train.run import check_length, open_model
 from lowtide.train.settings import ModelSettings, StepSettings, TrainSettings, check_step
 from lowtide.weights.writer import tensor_bytes

@@ -21,32 +21,32 @@ class RecordOrder:
             seed: of all orders.
         """
         self._count, self._seed = count, seed
-        self.seek({"epoch": 0, "place": 0})
+        self.seek({"epoch": 0, "offset": 0})
 
     def take(self, count: int) -> list[int]:
         """The indices of the next `count` records."""
         taken: list[int] = []
         while len(taken) < count:
-            if self._place == self._count:
-                self.seek({"epoch": self._epoch + 1, "place": 0})
-            chosen = self._order[self._place : self._place + count - len(taken)].tolist()
-            self._place += len(chosen)
+            if self._offset == self._count:
+                self.seek({"epoch": self._epoch + 1, "offset": 0})
+            chosen = self._order[self._offset : self._offset + count - len(taken)].tolist()
+            self._offset += len(chosen)
             taken += chosen
         return taken
 
     def position(self) -> dict[str, int]:
         """What `seek` goes on from: the pass, from 0, and how many of its records were taken."""
-        return {"epoch": self._epoch, "place": self._place}
+        return {"epoch": self._epoch, "offset": self._offset}
 
     def seek(self, position: Mapping[str, int]) -> None:
         """Go on from a position.
 
         Args:
-            position: what `position` said. A place behind the last record, as when the data has
+            position: what `position` said. An offset behind the last record, as when the data has
                 become shorter, is the end of its pass.
         """
         self._epoch = position["epoch"]
-        self._place = min(position["place"], self._count)
+        self._offset = min(position["offset"], self._count)
         seed = (self._seed * 1_000_003 + self._epoch) * 0x9E3779B1
         generator = torch.Generator().manual_seed(seed & (1 << 63) - 1)
         self._order = torch.randperm(self._count, generator=generator)

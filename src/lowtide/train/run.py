@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 from lowtide.config import build
@@ -23,9 +19,15 @@ from lowtide.model.decoder import Decoder, load_model
 from lowtide.model.threads import set_threads
 
 from .budget import within_budget
-from .loop import Observer, StepReport, Trainer, TrainResult, accumulates
-from .run_dir import RunDir, check_output, check_space, made_directory
+from .fingerprint import file_fingerprint, model_fingerprint
+from .history import StepReport, TrainResult
+from .loop import Observer, Trainer, accumulates
+from .optim import OPTIMIZERS
+from .output import check_output, check_space, made_directory
+from .resume import Resumption, check_same, find, settle, warn_of_arithmetic
+from .run_dir import Identity, RunDir
 from .settings import DataSettings, ModelSettings, TrainSettings, check_step
+from .stop import Stop
 
 
 class RunObserver(Observer, Protocol):
@@ -37,8 +39,11 @@ class RunObserver(Observer, Protocol):
     def on_data(self, report: PrepareReport) -> None:
         """The data is tokenised."""
 
+    def on_resume(self, resumption: Resumption) -> None:
+        """The run goes on from a checkpoint."""
+
     def on_stopping(self) -> None:
-        """Ctrl-C was heard; the update being made is finished first."""
+        """A signal to end was heard; the update being made is finished first."""
 
 
 class Quiet:
@@ -57,6 +62,9 @@ class Quiet:
         """Nothing."""
 
     def on_save(self, step: int) -> None:
+        """Nothing."""
+
+    def on_resume(self, resumption: Resumption) -> None:
         """Nothing."""
 
     def on_stopping(self) -> None:
@@ -85,34 +93,62 @@ def train(
     """
     if settings is not None and given:
         raise ConfigError(f"give settings or keywords, not both ({', '.join(given)}).")
-    settings = build(TrainSettings, given if settings is None else asdict(settings))
+    settings = settle(given) if settings is None else build(TrainSettings, asdict(settings))
     observer = observer or Quiet()
     check_supported(settings)
     directory = Path(settings.adapter_path).expanduser()
-    check_output(directory, settings.overwrite)
+    check_output(directory, settings.overwrite or settings.resume)
+    stop = Stop(observer.on_stopping)
+    with stop.listening(), made_directory(directory) as caches:
+        check_output(directory, settings.overwrite or settings.resume)  # nobody else writes now
+        return _train_in(directory, caches, settings, observer, stop)
+
+
+def _train_in(
+    directory: Path, caches: Path, settings: TrainSettings, observer: RunObserver, stop: Stop
+) -> TrainResult:
+    resumed = find(directory, settings) if settings.resume else None
     model = open_model(settings)
     check_length(model, settings.max_seq_length)
     adapter = Adapter.create(model, settings.lora_config(), settings.seed, settings.rounded_dtype)
-    check_space(directory, adapter)
+    check_space(directory, _checkpoint_bytes(settings, adapter), settings.keep_checkpoints)
+    fingerprints: dict[str, str | None] = {"model": model_fingerprint(model)}
+    if resumed is not None:
+        warn_of_arithmetic(resumed)
+        check_same(resumed, settings, fingerprints)
+        observer.on_resume(resumed)
     observer.on_model(model, adapter)
-    with made_directory(directory) as caches:
-        report = prepare(_request(settings, model, caches))
-        observer.on_data(report)
-        train_set = TokenDataset.open(report.splits["train"].path)
-        valid = report.splits.get("valid")
-        valid_set = None if valid is None else TokenDataset.open(valid.path)
-        longest = max(max(train_set.lengths), 0 if valid_set is None else max(valid_set.lengths))
-        fitting, guard = within_budget(
-            settings,
-            model,
-            (longest,) * settings.batch_size,
-            accumulates=accumulates(settings),
-        )
-        method = get_method(settings.method, fitting)
-        trainer = Trainer(model, adapter, method, settings, guard)
-        with closing(RunDir(directory, settings, settings.model)) as run_dir:
-            with _finish_update_on_interrupt(trainer, observer):
-                return trainer.run(train_set, valid_set, run_dir, observer)
+    report = prepare(_request(settings, model, caches))
+    observer.on_data(report)
+    train_set = TokenDataset.open(report.splits["train"].path)
+    valid = report.splits.get("valid")
+    valid_set = None if valid is None else TokenDataset.open(valid.path)
+    fingerprints["train"] = file_fingerprint(train_set.path)
+    fingerprints["valid"] = None if valid_set is None else file_fingerprint(valid_set.path)
+    if resumed is not None:
+        check_same(resumed, settings, fingerprints)
+    longest = max(max(train_set.lengths), 0 if valid_set is None else max(valid_set.lengths))
+    fitting, guard = within_budget(
+        settings,
+        model,
+        (longest,) * settings.batch_size,
+        accumulates=accumulates(settings),
+    )
+    method = get_method(settings.method, fitting)
+    trainer = Trainer(model, adapter, method, settings, guard, stop)
+    if resumed is not None:
+        trainer.resume(resumed.checkpoint)
+    identity = Identity(settings, fingerprints)
+    found = None if resumed is None else resumed.checkpoint
+    with closing(RunDir(directory, identity, found)) as run_dir:
+        return trainer.run(train_set, valid_set, run_dir, observer)
+
+
+def _checkpoint_bytes(settings: TrainSettings, adapter: Adapter) -> int:
+    """The size of a checkpoint's tensors: the adapter's and what its optimiser will keep."""
+    optimizer = OPTIMIZERS[settings.optimizer](settings, adapter.parameters)
+    tensors = [*adapter.parameters.values(), *optimizer.state().values()]
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def check_supported(settings: TrainSettings) -> None:
@@ -124,11 +160,10 @@ def check_supported(settings: TrainSettings) -> None:
     Raises:
         ConfigError: names the setting.
     """
-    if settings.resume:
-        raise ConfigError(
-            "--resume is not supported yet. Start a new run in another --adapter-path, or replace "
-            "this one with --overwrite."
-        )
+    if settings.resume and settings.overwrite:
+        raise ConfigError("--resume goes on with a run, --overwrite replaces it; give one of them.")
+    if settings.resume_anyway and not settings.resume:
+        raise ConfigError("--resume-anyway is for --resume, which is not given.")
     check_step(settings)
     if settings.valid_data is not None and settings.valid_records:
         raise ConfigError("give --valid-data or --valid-records, not both.")
@@ -194,24 +229,3 @@ def _request(settings: TrainSettings, model: Decoder, out: Path) -> PrepareReque
         valid_data=None if valid is None else Path(valid).expanduser(),
         valid_records=settings.valid_records,
     )
-
-
-@contextmanager
-def _finish_update_on_interrupt(trainer: Trainer, observer: RunObserver) -> Iterator[None]:
-    """The first Ctrl-C ends the run after the update being made, the second at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, before)
-        if not trainer.request_stop():
-            raise KeyboardInterrupt
-        observer.on_stopping()
-
-    signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -11,7 +11,6 @@ import pytest
 import small
 
 from lowtide.bench.compare import CompareSettings, bench_compare
-from lowtide.bench.environment import differences, environment, git_revision
 from lowtide.bench.results import (
     CaseResult,
     case_path,
@@ -21,6 +20,7 @@ from lowtide.bench.results import (
     read_results,
     write_result,
 )
+from lowtide.environment import differences, environment, git_revision
 from lowtide.errors import DataError
 
 ONE = CaseResult(

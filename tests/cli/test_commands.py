@@ -17,11 +17,12 @@ from lowtide.cli.main import COMMANDS, main
 
 STEP_KEYS = {
     "step", "loss", "n_tokens", "wall_s", "cpu_s", "tokens_per_s", "peak_anon_bytes",
-    "peak_rss_bytes", "peak_file_bytes", "disk_read_bytes", "grad_norm",
+    "peak_rss_bytes", "peak_file_bytes", "disk_read_bytes", "learning_rate", "grad_norm",
+    "grad_norms", "total_tokens", "elapsed_s",
 }  # fmt: skip
 
 
-def test_train_says_what_it_does_and_writes_four_files(
+def test_train_says_what_it_does_and_writes_its_files(
     model: Path, data: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "new" / "adapter"
@@ -34,6 +35,7 @@ def test_train_says_what_it_does_and_writes_four_files(
     assert done.err == ""
     assert set(small.tree(out)) == {
         "adapter_model.safetensors", "adapter_config.json", "run.yaml", "metrics.jsonl",
+        "events.jsonl",
     }  # fmt: skip
     lines = done.out.splitlines()
     assert lines[0].startswith(f"model    {model} (llama, 22,432 parameters, float32 mapped")
@@ -92,7 +94,7 @@ def test_metrics_has_a_line_for_each_update_and_each_validation(
         ("valid", 4),
     ]  # fmt: skip
     steps = [entry for entry in entries if "valid_loss" not in entry]
-    assert all(set(entry) == STEP_KEYS for entry in steps)
+    assert all(set(entry) - {"temperature_c"} == STEP_KEYS for entry in steps)
     assert all(entry["grad_norm"] > 0 and entry["tokens_per_s"] > 0 for entry in steps)
     result = done.document
     assert result["steps"] == 4

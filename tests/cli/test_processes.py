@@ -65,7 +65,7 @@ def test_ctrl_c_while_training_saves_the_adapter(model: Path, data: Path, tmp_pa
     assert "Traceback" not in text
     assert set(os.listdir(out)) == {
         "adapter_model.safetensors", "adapter_config.json", "run.yaml", "metrics.jsonl",
-        "checkpoints",
+        "events.jsonl", "checkpoints",
     }  # fmt: skip
     loaded = lt.Adapter.load(out, lt.load_model(model))
     assert any(bool(p.any()) for name, p in loaded.items() if ".lora_B." in name)

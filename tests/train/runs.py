@@ -14,7 +14,8 @@ import lowtide as lt
 from lowtide.train.history import TrainResult
 
 WEIGHTS = "adapter_model.safetensors"
-FILES = {WEIGHTS, "adapter_config.json", "run.yaml", "metrics.jsonl", "checkpoints"}
+LOGS = {"metrics.jsonl", "events.jsonl"}
+FILES = {WEIGHTS, "adapter_config.json", "run.yaml", "checkpoints", *LOGS}
 CHECKPOINT = {WEIGHTS, "adapter_config.json", "optimizer.safetensors", "state.json"}
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from lowtide.command import lowtide_command
+from lowtide.environment import differences, environment
 from lowtide.errors import LowtideError
 from lowtide.memory.available import available_bytes
 
 from .child import SkippedError, flags_of, run_child
-from .environment import differences, environment
 from .predict import needed_bytes
 from .results import (
     CaseResult,

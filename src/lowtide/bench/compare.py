@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lowtide.config import setting
+from lowtide.environment import differences
 from lowtide.errors import DataError, listed
 
-from .environment import differences
 from .results import CaseResult, read_results
 
 

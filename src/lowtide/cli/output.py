@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO, TypeVar
 
 from lowtide.config import build, given_values, parser_for
+from lowtide.runs.lines import finite
 
 S = TypeVar("S")
 
@@ -40,24 +40,13 @@ class Output:
     def result(self, document: Mapping[str, Any]) -> None:
         """Print the JSON document, if it was asked for."""
         if self.as_json:
-            print(json.dumps(_finite(document), ensure_ascii=False))
+            print(json.dumps(finite(document), ensure_ascii=False))
 
 
 def discard(stream: TextIO) -> None:
     """Send what a stream still holds, and all that follows, nowhere."""
     with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), stream.fileno())
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null instead."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return value
 
 
 def settings_of(

@@ -12,6 +12,7 @@ from lowtide.infer.evaluate import Evaluation
 from lowtide.model.adapter import Adapter
 from lowtide.model.decoder import Decoder
 from lowtide.train.history import StepReport, TrainResult
+from lowtide.train.observers import Quiet
 from lowtide.train.resume import Resumption, settle
 from lowtide.train.run import train
 from lowtide.train.settings import TrainSettings
@@ -20,7 +21,7 @@ from .output import Output, count, duration, megabytes
 
 _DESCRIPTION = (
     "Fine-tune a LoRA adapter. Writes PEFT's adapter_model.safetensors and adapter_config.json, "
-    "run.yaml (all settings) and metrics.jsonl (one line per update)."
+    "run.yaml (all settings), metrics.jsonl (one line per update) and events.jsonl."
 )
 
 
@@ -42,7 +43,7 @@ def run(argv: Sequence[str]) -> int:
     return 130 if result.interrupted else 0
 
 
-class Progress:
+class Progress(Quiet):
     """A live bar on a terminal, a line every `steps_per_report` updates elsewhere."""
 
     def __init__(self, settings: TrainSettings, output: Output) -> None:
@@ -60,6 +61,10 @@ class Progress:
         self._output.say(f"resumed  {resumption.checkpoint.directory}")
         for text in resumption.changes:
             self._output.say(f"changed  {text}")
+        if resumption.step == self._settings.iters:
+            self._output.say(
+                f"nothing is left to do: all {resumption.step} updates are made; --iters N goes on"
+            )
         self._first = resumption.step + 1
 
     def on_model(self, model: Decoder, adapter: Adapter) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from time import monotonic
 from typing import NamedTuple, Protocol
 
 import torch
@@ -32,7 +32,7 @@ from .stop import Stop
 
 
 class Observer(Protocol):
-    """Told of what happens; the command line draws progress from it."""
+    """Told of what happens: it keeps the metrics, and draws progress."""
 
     def on_step(self, report: StepReport) -> None:
         """An update was made."""
@@ -72,6 +72,11 @@ class Trainer:
             if accumulates(settings)
             else ApplySink(adapter.parameters, optimizer)
         )
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """What `--memory-budget` allows."""
+        return None if self._guard is None else self._guard.budget_bytes
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Become what the trainer was when it wrote a checkpoint.
@@ -189,23 +194,22 @@ class Trainer:
         elif self._validation_due(self._first - 1) and self._validate(run):
             run_dir.keep_best()  # the run was interrupted before it could know
             run_dir.confirm()
-        saved = time.monotonic()
+        saved = monotonic()
         for step in range(self._first, s.iters + 1):
             with self._stop.shielded():
                 with self._stop.shielded(update=True):
                     report = self._update(run, step, meter)
                 run_dir.confirm()
-                run_dir.log(asdict(report))
                 observer.on_step(report)
                 if self._guard is not None:
                     self._guard.check(report.peak_anon_bytes)
             self._stop.check()
             best = self._validation_due(step) and self._validate(run)
-            late = s.save_minutes is not None and time.monotonic() - saved >= 60 * s.save_minutes
+            late = s.save_minutes is not None and monotonic() - saved >= 60 * s.save_minutes
             if (best or late or step % s.save_every == 0) and step < s.iters:
                 self._save(run)
                 observer.on_save(step)
-                saved = time.monotonic()
+                saved = monotonic()
 
     def _update(self, run: _Run, step: int, meter: MemoryMeter) -> StepReport:
         s = self.settings
@@ -259,7 +263,6 @@ class Trainer:
         step = self.history.step
         with self._stop.shielded():
             best = self.history.validated(result.loss)
-            run.run_dir.log({"step": step, "valid_loss": result.loss, "n_tokens": result.n_tokens})
             run.observer.on_valid(step, result)
         self._stop.check()
         return best

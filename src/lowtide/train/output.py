@@ -17,9 +17,17 @@ from lowtide.export.peft import CONFIG_FILE, WEIGHTS_FILE
 from .checkpoints import FOLDER, Checkpoints
 from .lock import locked
 
-SETTINGS_FILE, METRICS_FILE = "run.yaml", "metrics.jsonl"
+SETTINGS_FILE, METRICS_FILE, EVENTS_FILE = "run.yaml", "metrics.jsonl", "events.jsonl"
 BEST_FOLDER = "best"
-_RUN_FILES = (WEIGHTS_FILE, CONFIG_FILE, SETTINGS_FILE, METRICS_FILE, FOLDER, BEST_FOLDER)
+_RUN_FILES = (
+    WEIGHTS_FILE,
+    CONFIG_FILE,
+    SETTINGS_FILE,
+    METRICS_FILE,
+    EVENTS_FILE,
+    FOLDER,
+    BEST_FOLDER,
+)
 _CACHES, HIDDEN = ".tokenized-", ".run-"
 _SPARE_BYTES = 1 << 20
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from lowtide.config import build
 from lowtide.data.cache import TokenDataset
 from lowtide.data.formats import FeatureNames
-from lowtide.data.prepare import PrepareReport, PrepareRequest, prepare
+from lowtide.data.prepare import PrepareRequest, prepare
 from lowtide.errors import ConfigError, DataError
-from lowtide.infer.evaluate import Evaluation
 from lowtide.methods import get_method
 from lowtide.model.adapter import Adapter
 from lowtide.model.decoder import Decoder, load_model
@@ -20,55 +19,16 @@ from lowtide.model.threads import set_threads
 
 from .budget import within_budget
 from .fingerprint import file_fingerprint, model_fingerprint
-from .history import StepReport, TrainResult
-from .loop import Observer, Trainer, accumulates
+from .history import TrainResult
+from .loop import Trainer, accumulates
+from .observers import Quiet, RunObserver
 from .optim import OPTIMIZERS
 from .output import check_output, check_space, made_directory
-from .resume import Resumption, check_same, find, settle, warn_of_arithmetic
+from .resume import check_same, find, settle, warn_of_arithmetic
 from .run_dir import Identity, RunDir
 from .settings import DataSettings, ModelSettings, TrainSettings, check_step
 from .stop import Stop
-
-
-class RunObserver(Observer, Protocol):
-    """An observer that also hears of the preparation."""
-
-    def on_model(self, model: Decoder, adapter: Adapter) -> None:
-        """The model is mapped and the adapter made."""
-
-    def on_data(self, report: PrepareReport) -> None:
-        """The data is tokenised."""
-
-    def on_resume(self, resumption: Resumption) -> None:
-        """The run goes on from a checkpoint."""
-
-    def on_stopping(self) -> None:
-        """A signal to end was heard; the update being made is finished first."""
-
-
-class Quiet:
-    """An observer that says nothing."""
-
-    def on_model(self, model: Decoder, adapter: Adapter) -> None:
-        """Nothing."""
-
-    def on_data(self, report: PrepareReport) -> None:
-        """Nothing."""
-
-    def on_step(self, report: StepReport) -> None:
-        """Nothing."""
-
-    def on_valid(self, step: int, result: Evaluation) -> None:
-        """Nothing."""
-
-    def on_save(self, step: int) -> None:
-        """Nothing."""
-
-    def on_resume(self, resumption: Resumption) -> None:
-        """Nothing."""
-
-    def on_stopping(self) -> None:
-        """Nothing."""
+from .watch import watched
 
 
 def train(
@@ -141,7 +101,10 @@ def _train_in(
     identity = Identity(settings, fingerprints)
     found = None if resumed is None else resumed.checkpoint
     with closing(RunDir(directory, identity, found)) as run_dir:
-        return trainer.run(train_set, valid_set, run_dir, observer)
+        with watched(run_dir, trainer, report, observer) as watchers:
+            result = trainer.run(train_set, valid_set, run_dir, watchers)
+            watchers.end(result)
+            return result
 
 
 def _checkpoint_bytes(settings: TrainSettings, adapter: Adapter) -> int:

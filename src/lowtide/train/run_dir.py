@@ -24,7 +24,7 @@ from lowtide.weights.writer import link_atomically, sync_directory, write_atomic
 from .checkpoints import FOLDER, Checkpoint, Checkpoints, RunState, file_checksum
 from .fingerprint import arithmetic
 from .history import History
-from .output import BEST_FOLDER, HIDDEN, METRICS_FILE, SETTINGS_FILE, unwritable
+from .output import BEST_FOLDER, EVENTS_FILE, HIDDEN, METRICS_FILE, SETTINGS_FILE, unwritable
 from .settings import TrainSettings
 
 
@@ -115,6 +115,7 @@ class RunDir:
             )
         else:
             os.truncate(metrics, resumed.state.metrics_bytes)
+        _end_last_line(self.directory / EVENTS_FILE)
         self.saved_step = step
         weights = self.directory / WEIGHTS_FILE
         if weights.exists() and file_checksum(weights) == resumed.files[WEIGHTS_FILE]["sha256"]:
@@ -199,7 +200,6 @@ class RunDir:
         for name in (FOLDER, BEST_FOLDER):
             if (self.directory / name).exists():
                 os.rename(self.directory / name, hidden / f"{name}-before")
-        (self.directory / METRICS_FILE).unlink(missing_ok=True)
         sync_directory(self.directory)
         for path in sorted(hidden.iterdir()):
             if path.is_file():
@@ -228,17 +228,18 @@ class RunDir:
         if self._hidden is not None:
             shutil.rmtree(self._hidden, ignore_errors=True)
 
-    def log(self, entry: Mapping[str, object]) -> None:
-        """Append one line to metrics.jsonl.
+    def log(self, entry: Mapping[str, object], name: str = METRICS_FILE) -> None:
+        """Append one line to a file of JSON lines.
 
         Args:
             entry: what JSON can hold.
+            name: of the file.
 
         Raises:
             OutputError: the disk is full.
         """
         try:
-            with open(self._root / METRICS_FILE, "a", encoding="utf-8") as file:
+            with open(self._root / name, "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
         except OSError as error:
             raise unwritable(self.directory, error) from error
@@ -251,3 +252,12 @@ class _Pending(NamedTuple):
     best: bool
     before: int | None
     """The step that was saved before it."""
+
+
+def _end_last_line(path: Path) -> None:
+    """End a line of which a killed run wrote only a part, so that the next one stands alone."""
+    with open(path, "a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                file.write(b"\n")

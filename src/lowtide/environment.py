@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lowtide import __version__
+import lowtide
 
 SAME_MACHINE = ("lowtide", "python", "torch", "platform", "cpu", "cores", "memory_bytes", "threads")
 """What must be equal for two figures to stand side by side. The revision is what is compared."""
@@ -25,7 +25,7 @@ def environment() -> dict[str, Any]:
         `cores` (those that this process may use), `memory_bytes`, `threads`.
     """
     return {
-        "lowtide": __version__,
+        "lowtide": lowtide.__version__,
         "git_revision": git_revision(Path(__file__)),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -1,0 +1,94 @@
+"""Everybody who is told of a run: its record, whoever looks on, and what follows from it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from lowtide.data.prepare import PrepareReport, SplitReport
+from lowtide.environment import environment
+from lowtide.runs.processes import process_identity
+from lowtide.weights.checkpoint import dtype_name
+
+from .history import TrainResult
+from .loop import Trainer
+from .observers import RunObserver, Several
+from .output import METRICS_FILE
+from .record import Recorder
+from .run_dir import RunDir
+
+
+class Watchers(Several):
+    """All observers of a run, its recorder first."""
+
+    def __init__(self, recorder: Recorder, others: list[RunObserver]) -> None:
+        """Nobody is told anything yet.
+
+        Args:
+            recorder: knows what the run costs.
+            others: told after it.
+        """
+        super().__init__([recorder, *others])
+        self._recorder = recorder
+
+    def end(self, result: TrainResult) -> None:
+        """Tell all that the run is over.
+
+        Args:
+            result: what it did.
+        """
+        self.on_end(result, self._recorder.cost())
+
+
+@contextmanager
+def watched(
+    run_dir: RunDir, trainer: Trainer, data: PrepareReport, observer: RunObserver
+) -> Iterator[Watchers]:
+    """Keep a run's record while it goes on.
+
+    Args:
+        run_dir: takes the files.
+        trainer: of the run.
+        data: what was tokenised.
+        observer: who looks on.
+
+    Yields:
+        Whom to tell of the run.
+    """
+    recorder = Recorder(run_dir.log, _facts(trainer, data))
+    if trainer.settings.resume:
+        recorder.go_on_from(run_dir.directory / METRICS_FILE)
+    with recorder:
+        yield Watchers(recorder, [observer])
+
+
+def _facts(trainer: Trainer, data: PrepareReport) -> dict[str, Any]:
+    """What events.jsonl says of the start."""
+    model, adapter = trainer.model, trainer.adapter
+    budget = trainer.budget_bytes
+    return {
+        "process": process_identity(os.getpid()),
+        "machine": environment(),
+        "model": {
+            "directory": str(model.directory),
+            "model_type": model.spec.model_type,
+            "n_parameters": model.spec.n_parameters,
+            "num_layers": model.spec.num_layers,
+            "stored_dtypes": model.stored_dtypes,
+            "compute_dtype": dtype_name(model.compute_dtype),
+            "bytes_on_disk": model.checkpoint.nbytes,
+        },
+        "adapter": {"n_parameters": adapter.n_parameters, "modules": list(adapter.modules)},
+        "data": {name: _split(split) for name, split in data.splits.items()},
+        "data_warnings": list(data.warnings),
+        **({} if budget is None else {"memory_budget_bytes": budget}),
+    }
+
+
+def _split(split: SplitReport) -> dict[str, Any]:
+    facts = asdict(split)
+    del facts["path"]  # of a cache that is gone after the run
+    return {**facts, "source": str(split.source)}

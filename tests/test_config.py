@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from lowtide.config import build, given_values, parser_for, read_yaml, setting, to_yaml
+from lowtide.config import build, given_values, parser_for, setting
 from lowtide.errors import ConfigError
+from lowtide.settings_file import read_yaml, to_yaml
 
 
 @dataclass(frozen=True, kw_only=True)

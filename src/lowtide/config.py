@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from lowtide.errors import ConfigError, listed
+from lowtide.settings_file import read_yaml
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Rule:
     """Text must not be empty."""
     listed: bool = False
     """Text that may come as a list, which is joined by commas."""
+    elsewhere: Mapping[str, str] = field(default_factory=dict)
+    """What other programs call a choice -> what to give here; used in suggestions only."""
     metavar: str | None = None
     """What `--help` shows for the value, where the type does not say."""
     changeable: bool = False
@@ -103,6 +106,21 @@ ELSEWHERE = {
     "adapter": "adapter_path",
     "max_new_tokens": "max_tokens",
     "gradient_accumulation_steps": "grad_accumulation_steps",
+    "optim": "optimizer",
+    "num_train_epochs": "epochs",
+    "lr_scheduler_type": "lr_schedule",
+    "lr_scheduler": "lr_schedule",
+    "warmup": "warmup_steps",
+    "num_warmup_steps": "warmup_steps",
+    "clip_grad_norm": "max_grad_norm",
+    "grad_clip": "max_grad_norm",
+    "adam_beta1": "beta1",
+    "adam_beta2": "beta2",
+    "adam_epsilon": "adam_eps",
+    "lora_plus_ratio": "loraplus_lr_ratio",
+    "loraplus_ratio": "loraplus_lr_ratio",
+    "patience": "early_stopping_patience",
+    "early_stopping_threshold": "early_stopping_min_delta",
 }
 """What other programs call a setting -> what it is called here; used in suggestions only."""
 
@@ -168,10 +186,9 @@ def _check_text(name: str, value: str, rule: Rule) -> None:
     if rule.filled and not value.strip():
         raise ValueError(f"{name} is empty; expected: {rule.help}")
     if rule.choices is not None and value not in rule.choices:
-        raise ValueError(
-            f"{name} = {value!r}: choose {', '.join(rule.choices)}"
-            f"{did_you_mean(value, rule.choices)}"
-        )
+        usual = rule.elsewhere.get(value)
+        meant = f"; here it is {usual}" if usual else did_you_mean(value, rule.choices)
+        raise ValueError(f"{name} = {value!r}: choose {', '.join(rule.choices)}{meant}")
 
 
 def _check_range(name: str, value: float, rule: Rule) -> None:
@@ -311,37 +328,3 @@ def given_values(parsed: argparse.Namespace) -> dict[str, Any]:
     from_file = read_yaml(Path(path)) if path is not None else {}
     normal = {str(key).replace("-", "_"): value for key, value in from_file.items()}
     return {**normal, **given}
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The mapping; empty for an empty file.
-
-    Raises:
-        ConfigError: the file is missing, not YAML, or not a mapping.
-    """
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"--config {path}: there is no such file.") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {path} cannot be read as YAML: {error}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"--config {path} holds {type(content).__name__}; expected key: value.")
-    return content
-
-
-def to_yaml(settings: Any) -> str:
-    """The settings as YAML that `--config` reads back."""
-    import yaml
-
-    return str(yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False, allow_unicode=True))

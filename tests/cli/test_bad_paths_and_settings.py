@@ -45,7 +45,7 @@ def train(model: Path, data: Path, out: object, *more: object) -> small.Outcome:
         (["--target-modules", ","], ["target_modules is empty", "all-linear"]),
         (["--target-modules", "lm_head"], ["'lm_head'", "the output head is frozen"]),
         (["--method", "mespp"], ["choose mesp", "did you mean 'mesp'?"]),
-        (["--optimizer", "adam"], ["choose sgd, adamw; did you mean 'adamw'?"]),
+        (["--optimizer", "adam"], ["choose sgd, adamw, lion, adafactor; did you mean 'adamw'?"]),
         (["--learning-rate", "-1"], ["learning_rate = -1.0: expected more than 0"]),
         (["--iters", "0"], ["iters = 0: expected at least 1"]),
         (["--batch-size", "0"], ["batch_size = 0: expected at least 1"]),

@@ -192,6 +192,24 @@ def test_what_transformers_writes_reads_as_the_same_model(example: Example) -> N
     assert {**vars(again), "model_type": ""} == {**vars(spec), "model_type": ""}
 
 
+def test_a_missing_field_means_what_it_means_to_transformers(family: str) -> None:
+    """Each field of each example left out: the spec is that of what transformers fills in."""
+    compared = 0
+    for config in ALL[family].examples:
+        for name in {*config.get("text_config", config)} - {"model_type"}:
+            left = json.loads(json.dumps(config))
+            left.get("text_config", left).pop(name)
+            with contextlib.suppress(ModelError):
+                spec = spec_from_config(left)
+                filled = Example(Path(), left).hf_config()
+                written = json.loads(filled.to_json_string(use_diff=False))
+                written.pop("vision_config", None)
+                again = spec_from_config(written)
+                assert {**vars(again), "model_type": ""} == {**vars(spec), "model_type": ""}, name
+                compared += 1
+    assert compared >= 4
+
+
 def test_every_family_has_examples_longer_than_their_windows(family: str) -> None:
     assert ALL[family].examples
     for config in ALL[family].examples:

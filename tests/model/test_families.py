@@ -21,6 +21,7 @@ LLAMA = {
     "num_key_value_heads": 2,
 }
 QWEN2 = {**LLAMA, "model_type": "qwen2"}
+GEMMA3 = {**LLAMA, "model_type": "gemma3_text"}
 
 
 def _refusal(config: dict[str, Any]) -> str:
@@ -95,8 +96,33 @@ def test_a_model_type_that_is_none(model_type: object) -> None:
         (LLAMA, {"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
         (LLAMA, {"residual_multiplier": 0.2}, "residual_multiplier = 0.2"),
         (LLAMA, {"attention_bias": "yes"}, "attention_bias = 'yes' (expected true or false)"),
-        (LLAMA, {"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope type 'yarn'"),
-        (LLAMA, {"rope_scaling": {"type": "dynamic", "factor": 4}}, "rope type 'dynamic'"),
+        (LLAMA, {"rope_scaling": {"rope_type": "mrope"}}, "rope type 'mrope' (supported: default,"),
+        (LLAMA, {"rope_scaling": {"rope_type": "yarn"}}, "factor is missing"),
+        (
+            LLAMA,
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4, "truncate": 1}},
+            "truncate = 1",
+        ),
+        (
+            LLAMA,
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4, "rope_theta": 1}},
+            "rope_theta = 1 (expected more, with rope type 'yarn')",
+        ),
+        (
+            LLAMA,
+            {
+                "rope_scaling": {"type": "linear", "factor": 4},
+                "rope_parameters": {"rope_type": "linear", "factor": 2},
+            },
+            "rope_parameters and rope_scaling are both there and differ",
+        ),
+        (
+            GEMMA3,
+            {"rope_parameters": {"rope_type": "linear", "factor": 2}},
+            "rope_parameters has neither full_attention nor sliding_attention",
+        ),
+        (GEMMA3, {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 (supported: 1)"),
+        (GEMMA3, {"rope_parameters": {"full_attention": "wide"}}, "rotary settings are 'wide'"),
         (LLAMA, {"rope_parameters": {"rope_type": "longrope"}}, "short_factor: None (expected 5"),
         (LLAMA, {"rope_scaling": "linear"}, "rope_scaling = 'linear'"),
         (LLAMA, {"rope_scaling": {"type": "linear"}}, "factor is missing"),

@@ -51,3 +51,32 @@ def test_llama3_has_three_kinds_of_frequency() -> None:
     assert (ratio == 1).any()
     assert torch.isclose(ratio, torch.tensor(32.0)).any()
     assert ((ratio > 1.01) & (ratio < 31.9)).any()
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32_768},
+        {"rope_type": "yarn", "factor": 40, "mscale": 0.707, "mscale_all_dim": 1.0},
+        {
+            "rope_type": "yarn",
+            "factor": 16.0,
+            "beta_fast": 24.0,
+            "beta_slow": 3.0,
+            "truncate": False,
+        },
+        {"rope_type": "yarn", "factor": 2.0, "attention_factor": 1.5},
+        {"rope_type": "linear", "factor": 3.0},
+        {"type": "dynamic", "factor": 2.5},
+    ],
+    ids=str,
+)
+def test_scalings_for_long_contexts(scaling: dict[str, Any]) -> None:
+    """On a real model's base and sizes; `dynamic` up to the positions that the model has."""
+    config = json.loads(asset("configs/Qwen2.5-0.5B/config.json").read_text())
+    positions = torch.cat([torch.arange(300), torch.tensor([8191, 8000, 4097])])
+    plain = _both(config, positions)
+    cos, sin, their_cos, their_sin = _both({**config, "rope_scaling": scaling}, positions)
+    assert float((cos - their_cos).abs().max()) < 1e-6
+    assert float((sin - their_sin).abs().max()) < 1e-6
+    assert bool((cos - plain[0]).abs().max() > 0.1) == (scaling.get("type") != "dynamic")

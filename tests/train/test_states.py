@@ -12,7 +12,6 @@ from torch import Tensor
 from lowtide.errors import ConfigError
 from lowtide.train.optim import OPTIMIZERS
 from lowtide.train.settings import OptimizerSettings, StepSettings, check_step
-from lowtide.train.sink import ApplySink
 from lowtide.train.states import BLOCK, PIECE, STATES, Moment, spans, state_bytes
 
 COUNT = PIECE + 3 * BLOCK + 77  # a second piece, and a block that is not full
@@ -137,18 +136,20 @@ def trained(start: Tensor, grads: list[Tensor], **given: object) -> list[Tensor]
     settings = OptimizerSettings(learning_rate=1e-2, **given)
     parameters = {"x": start.clone().view(-1, 1)}
     optimizer = OPTIMIZERS[settings.optimizer](settings, parameters)
-    sink, after = ApplySink(parameters, optimizer), []
-    for grad in grads:
+    after = []
+    for step, grad in enumerate(grads, start=1):
         wide = grad.to(start.dtype) if start.dtype.itemsize > 2 else grad
-        sink.add("x", wide.clone().view(-1, 1))  # which is overwritten
-        sink.finish()
+        optimizer.start(step, settings.learning_rate)
+        optimizer.update("x", parameters["x"], wide.clone().view(-1, 1))  # which is overwritten
         after.append(parameters["x"].view(-1).clone())
     return after
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("state", LOSSY)
-@pytest.mark.parametrize("given", [{}, {"optimizer": "sgd", "momentum": 0.9}])
+@pytest.mark.parametrize(
+    "given", [{}, {"optimizer": "sgd", "momentum": 0.9}, {"optimizer": "lion"}]
+)
 def test_updates_stay_near_those_of_whole_state(
     given: dict[str, object], state: str, dtype: torch.dtype
 ) -> None:
@@ -159,7 +160,12 @@ def test_updates_stay_near_those_of_whole_state(
     # State is rounded after it has been used: the first update is that of whole state.
     torch.testing.assert_close(ours[0].double(), truth[0], rtol=1e-5, atol=1e-9)
     moved = float(truth[-1].norm())
-    assert 0 < float((ours[-1].double() - truth[-1]).norm()) < 0.06 * moved
+    # Lion's update flips where the blend is smaller than its error. In 8 bits a number of a tenth
+    # of its block's largest is off by 2.8% per write, which adds up over 1 / (1 - beta2^2) = 50 to
+    # 20% of the mean; that is half the blend of such gradients, so that 3.4% of the signs flip, by
+    # 2: sqrt(0.034) 2 = 0.37 of an update.
+    most = 0.37 if given.get("optimizer") == "lion" else 0.06
+    assert 0 < float((ours[-1].double() - truth[-1]).norm()) < most * moved
 
 
 def test_rounding_depends_on_the_step_and_the_place_alone() -> None:
@@ -169,10 +175,10 @@ def test_rounding_depends_on_the_step_and_the_place_alone() -> None:
 
 
 @pytest.mark.parametrize("state", ["float32", "8bit"])
-@pytest.mark.parametrize("given", [{}, {"optimizer": "sgd"}])
+@pytest.mark.parametrize("given", [{}, {"optimizer": "sgd"}, {"optimizer": "lion"}])
 def test_a_bfloat16_adapter_has_float32_masters(given: dict[str, object], state: str) -> None:
     """The same gradients move a float32 adapter, to which rounding comes after the update."""
-    if given and state != "float32":
+    if given.get("optimizer") == "sgd" and state != "float32":
         given = {**given, "momentum": 0.5}
     given = {"optimizer_state": state, "weight_decay": 0.1, **given}
     start = numbers(True).bfloat16()
@@ -224,6 +230,8 @@ def test_bytes_are_those_of_the_tensors(state: str) -> None:
 
 
 def test_state_that_nobody_keeps_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--optimizer-state 8bit is for adamw, and for sgd with"):
+    with pytest.raises(
+        ConfigError, match="--optimizer-state 8bit is for adamw, lion, and sgd with"
+    ):
         check_step(StepSettings(optimizer="sgd", optimizer_state="8bit"))
     check_step(StepSettings(optimizer="sgd", momentum=0.5, optimizer_state="8bit"))

@@ -22,7 +22,7 @@ _PROCESS = 250_000_000
 """Python, torch and the rest of the program."""
 _PEER_PROCESS = 800_000_000
 _TILES = 32_000_000
-_STATE = {"sgd": 0, "adamw": 2}
+_STATE = {"sgd": 0, "lion": 1, "adamw": 2, "adafactor": 0}
 """Floats per adapter parameter that an optimiser keeps."""
 
 

@@ -23,6 +23,7 @@ from lowtide.model.flops import step_flops
 from lowtide.train.budget import within_budget
 from lowtide.train.history import StepReport
 from lowtide.train.loop import Trainer, measured_update
+from lowtide.train.optim import OPTIMIZERS
 from lowtide.train.run import check_length, open_model
 from lowtide.train.settings import ModelSettings, StepSettings, TrainSettings, check_step
 from lowtide.weights.writer import tensor_bytes
@@ -81,7 +82,7 @@ class MeasuredStepSettings(StepSettings, ShapeModelSettings):
     batch_size: int = setting(1, help="sequences per step", minimum=1)
     steps: int = setting(3, help="measured steps, after one that warms up", minimum=1)
     seed: int = setting(0, help="seed of the adapter and of the token ids", minimum=0)
-    optimizer: str = setting("sgd", help="optimiser", choices=("sgd", "adamw"))
+    optimizer: str = setting("sgd", help="optimiser", choices=tuple(OPTIMIZERS))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,8 +27,9 @@ from lowtide.memory.available import available_bytes
 from lowtide.model.adapter import Adapter
 from lowtide.model.batch import Batch
 from lowtide.model.decoder import Decoder
+from lowtide.train.recipe import MAX_BATCH
 from lowtide.train.run import check_length, data_request, open_model
-from lowtide.train.settings import MAX_BATCH, MAX_SEED, DataSettings, LoraSettings, ModelSettings
+from lowtide.train.settings import MAX_SEED, DataSettings, LoraSettings, ModelSettings
 
 from .output import Output, count, megabytes, settings_of
 

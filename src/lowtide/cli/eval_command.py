@@ -13,8 +13,9 @@ from lowtide.data.prepare import prepare
 from lowtide.infer.evaluate import evaluate
 from lowtide.methods import get_method
 from lowtide.model.adapter import Adapter
+from lowtide.train.recipe import MAX_BATCH
 from lowtide.train.run import check_length, data_request, open_model
-from lowtide.train.settings import MAX_BATCH, DataSettings, ModelSettings
+from lowtide.train.settings import DataSettings, ModelSettings
 
 from .output import settings_of
 

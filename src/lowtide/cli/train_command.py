@@ -49,7 +49,8 @@ class Progress(Quiet):
     def __init__(self, settings: TrainSettings, output: Output) -> None:
         """Nothing is drawn before the first step."""
         self._settings, self._output = settings, output
-        self._bar = _Bar(settings.iters, output) if output.stream.isatty() else None
+        self._bar: _Bar | None = None
+        self._iters = 0
         self._wall = 0.0
         self._first = 1
         self._recent: list[StepReport] = []
@@ -61,10 +62,6 @@ class Progress(Quiet):
         self._output.say(f"resumed  {resumption.checkpoint.directory}")
         for text in resumption.changes:
             self._output.say(f"changed  {text}")
-        if resumption.step == self._settings.iters:
-            self._output.say(
-                f"nothing is left to do: all {resumption.step} updates are made; --iters N goes on"
-            )
         self._first = resumption.step + 1
 
     def on_model(self, model: Decoder, adapter: Adapter) -> None:
@@ -85,31 +82,45 @@ class Progress(Quiet):
         for name, split in report.splits.items():
             self._output.say(f"{name:<8} {split.summary()}")
 
+    def on_start(self, iters: int) -> None:
+        """Set up the bar, where there is a terminal."""
+        self._iters = iters
+        if self._first > iters:
+            self._output.say(f"all {iters} updates are made; --iters or --epochs goes on")
+        if self._output.stream.isatty():
+            self._bar = _Bar(iters, self._output)
+
     def on_step(self, report: StepReport) -> None:
         """Advance the bar, or print a line now and then."""
         self._wall += report.wall_s
         self._recent.append(report)
         made = report.step - self._first + 1
-        left = (self._settings.iters - report.step) * self._wall / made
+        left = (self._iters - report.step) * self._wall / made
         due = report.step % self._settings.steps_per_report == 0
         if self._bar is not None:
             self._bar.advance(report, left)
-        elif due or report.step in (self._first, self._settings.iters):
+        elif due or report.step in (self._first, self._iters):
             loss = sum(r.loss * r.n_tokens for r in self._recent) / sum(
                 r.n_tokens for r in self._recent
             )
             self._output.say(
-                f"step {report.step}/{self._settings.iters}  loss {loss:.4f}  "
+                f"step {report.step}/{self._iters}  loss {loss:.4f}{self._rate(report)}  "
                 f"{report.tokens_per_s:,.0f} tokens/s  "
                 f"peak {megabytes(report.peak_anon_bytes)}  {duration(left)} left"
             )
         if due:
             self._recent.clear()
 
+    def _rate(self, report: StepReport) -> str:
+        """The learning rate, where it changes."""
+        s = self._settings
+        changes = s.lr_schedule != "constant" or s.warmup_steps or s.warmup_ratio
+        return f"  rate {report.learning_rate:.2e}" if changes else ""
+
     def on_valid(self, step: int, result: Evaluation) -> None:
         """Print the validation loss."""
         self._output.say(
-            f"step {step}/{self._settings.iters}  validation loss {result.loss:.4f} "
+            f"step {step}/{self._iters}  validation loss {result.loss:.4f} "
             f"({result.n_tokens:,} tokens)"
         )
 
@@ -165,6 +176,11 @@ def _short(adapter: Adapter) -> list[str]:
 
 def _summary(settings: TrainSettings, result: TrainResult, output: Output) -> None:
     verb = "interrupted after" if result.interrupted else "done:"
+    if result.stopped_early:
+        verb = (
+            f"stopped early, after {settings.early_stopping_patience} validations without "
+            "improvement:"
+        )
     valid = "" if result.valid_loss is None else f", validation loss {result.valid_loss:.4f}"
     output.say(
         f"{verb} {result.steps} updates, {result.n_tokens:,} trained tokens in "

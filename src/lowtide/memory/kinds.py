@@ -42,6 +42,7 @@ _MODULES = {
     "model.stored_h": "buffers",
     "model.workspace": "buffers",
     "ops.cross_entropy": "loss",
+    "train.adafactor": "optimizer",
     "train.optim": "optimizer",
     "train.sink": "gradients",
     "train.states": "optimizer",
@@ -123,7 +124,7 @@ def where(places: list[Place], block: int | None, node: str | None) -> str:
     Returns:
         The loss, or direction, block and operation, or the outermost function of the step.
     """
-    updating = any(place.module in ("train.optim", "train.states") for place in places)
+    updating = any(place.by_module == "optimizer" for place in places)
     places = [p for p in places if not p.module.startswith(("weights.", "train."))]
     operations = [place.function for place in places if place.module.startswith("ops.")]
     operation = operations[-1] if operations else None

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 import torch
 
 from lowtide.methods.options import MethodOptions
-from lowtide.model.adapter import LoraConfig
+from lowtide.model.adapter import LoraConfig, adapter_shapes
 from lowtide.model.kept import kept_elements
 from lowtide.model.spec import ModelSpec
 from lowtide.model.workspace import Workspace, mlp_tile_width, score_capacity
 from lowtide.ops.attention import allocated_elements, self_segments
-from lowtide.train.states import master_bytes, packing_bytes, state_bytes
+from lowtide.train.optim import OPTIMIZERS, Held
+from lowtide.train.states import master_bytes
 from lowtide.weights.storages import STORAGES
 
 KINDS = (
@@ -31,7 +32,6 @@ PLANNED = ("mesp", "lcsb", "mezo")
 """Methods whose memory is planned; the others' is autograd's to decide."""
 _LIBRARIES = 3_000_000
 _SPARE_BYTES, _SPARE_SHARE = 3_000_000, 0.04
-_MOMENTS = {"sgd": 0, "adamw": 2}
 
 
 @dataclass(frozen=True)
@@ -136,17 +136,11 @@ def predict(work: Workload, options: MethodOptions) -> Plan:
 
 def optimizer_bytes(work: Workload) -> int:
     """Bytes of the optimiser's state, and of the rest of a rounded adapter."""
-    sizes = [
-        work.config.r * width
-        for name in work.config.linears(work.spec)
-        for width in work.spec.linear_shape(name)
-    ] * work.spec.num_layers
-    moments = 1 if work.momentum and work.optimizer == "sgd" else _MOMENTS[work.optimizer]
+    shapes = list(adapter_shapes(work.spec, work.config).values())
     itemsize = 4 if work.rounded else work.dtype.itemsize
-    held = moments * state_bytes(work.state, sizes, itemsize)
-    if moments:
-        held += packing_bytes(work.state)
-    return held + (master_bytes(sizes) if work.rounded else 0)
+    held = Held(shapes, itemsize, work.state, work.momentum)
+    rest = master_bytes(map(math.prod, shapes)) if work.rounded else 0
+    return OPTIMIZERS[work.optimizer].held_bytes(held) + rest
 
 
 def accumulated_bytes(work: Workload) -> int:

@@ -36,6 +36,11 @@ def inverse_frequencies(rope: RopeSpec, head_dim: int, *, long: bool = False) ->
         return freq / rope.factor
     if rope.kind == "banded":
         return _banded(freq, rope)
+    if rope.kind == "yarn":
+        start, stop = rope.ramp
+        places = torch.arange(columns // 2, dtype=torch.float32) - start
+        kept = 1 - (places / (stop - start if stop != start else 0.001)).clamp(0, 1)
+        return 1.0 / (rope.factor * rope.theta**exponent) * (1 - kept) + freq * kept
     return freq
 
 

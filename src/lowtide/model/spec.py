@@ -59,13 +59,15 @@ class RopeSpec:
     Attributes:
         theta: the base.
         kind: `default`; `linear` (all frequencies divided by `factor`); `banded` (low frequencies
-            divided by `factor`, high ones kept, a ramp between); `longrope` (each frequency divided
-            by one of `short_factors`, or of `long_factors` in sequences longer than
+            divided by `factor`, high ones kept, a ramp between); `yarn` (the same with a ramp over
+            the places of frequencies); `longrope` (each frequency divided by one of
+            `short_factors`, or of `long_factors` in sequences longer than
             `original_max_positions`).
         factor: see `kind`.
         low_freq_factor: of `banded`.
         high_freq_factor: of `banded`.
-        original_max_positions: of `banded` and `longrope`.
+        ramp: of `yarn`: the last frequency that is kept, and the first that is divided.
+        original_max_positions: of `banded`, `yarn` and `longrope`.
         short_factors: of `longrope`, one for each frequency.
         long_factors: of `longrope`, one for each frequency.
         table_factor: cosines and sines are multiplied by it.
@@ -77,6 +79,7 @@ class RopeSpec:
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
+    ramp: tuple[float, float] = (0.0, 0.0)
     original_max_positions: int = 0
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()

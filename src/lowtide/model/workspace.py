@@ -94,7 +94,9 @@ class Workspace:
             self._wide.append(torch.empty(max_tokens * hidden, dtype=dtype))
         self._narrow = [torch.empty(max_tokens * spec.kv_width, dtype=dtype) for _ in range(4)]
         self._raw = torch.empty(max_tokens * spec.raw_width, dtype=dtype)
-        self.tile = torch.empty(2 * width * spec.hidden_size, dtype=dtype)
+        # One row of o's matrix must fit, also where heads are wider than such a tile.
+        half = max(width * hidden, -(-spec.q_width // 2))
+        self.tile = torch.empty(2 * half, dtype=dtype)
         self._columns = torch.empty(4 * width * max_tokens, dtype=dtype)
         scores = score_capacity(spec, max_length)
         self.scores = [torch.empty(scores, dtype=dtype) for _ in range(2)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,9 @@ class StepReport:
     peak_rss_bytes: int
     peak_file_bytes: int
     disk_read_bytes: int
-    grad_norm: float | None = None
+    learning_rate: float
+    grad_norm: float
+    grad_norms: list[float | None]
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class TrainResult:
     peak_anon_bytes: int
     peak_rss_bytes: int
     interrupted: bool = False
+    stopped_early: bool = False
     saved_step: int | None = None
     """The step whose adapter lies in the output directory."""
     best_step: int | None = None
@@ -60,8 +63,9 @@ class History:
     validated_step: int | None = None
     best_valid_loss: float | None = None
     best_step: int | None = None
-    validations_since_best: int = 0
-    """How many in a row were not better than the best: what patience counts."""
+    stopping: dict[str, float] = field(default_factory=dict)
+    """What early stopping goes on from."""
+    stopped_early: bool = False
 
     def add(self, report: StepReport) -> None:
         """An update was made."""
@@ -83,9 +87,8 @@ class History:
         """
         self.valid_loss, self.validated_step = loss, self.step
         if self.best_valid_loss is not None and loss >= self.best_valid_loss:
-            self.validations_since_best += 1
             return False
-        self.best_valid_loss, self.best_step, self.validations_since_best = loss, self.step, 0
+        self.best_valid_loss, self.best_step = loss, self.step
         return True
 
     def result(self, interrupted: bool, saved_step: int | None) -> TrainResult:
@@ -108,6 +111,7 @@ class History:
             peak_anon_bytes=self.peak_anon_bytes,
             peak_rss_bytes=self.peak_rss_bytes,
             interrupted=interrupted,
+            stopped_early=self.stopped_early,
             saved_step=saved_step,
             best_step=self.best_step,
             best_valid_loss=self.best_valid_loss,

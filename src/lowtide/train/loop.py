@@ -14,7 +14,7 @@ from lowtide.errors import BudgetError, ModelError, OutputError, TrainingError
 from lowtide.export.peft import WEIGHTS_FILE
 from lowtide.infer.evaluate import Evaluation, Sequences, batch_of, evaluate
 from lowtide.memory.measure import MemoryMeter, read_from_disk
-from lowtide.methods import Method, Step
+from lowtide.methods import GradSink, Method, Step
 from lowtide.methods.base import require_finite
 from lowtide.model.adapter import Adapter
 from lowtide.model.batch import Batch
@@ -24,11 +24,21 @@ from .budget import Guard
 from .checkpoints import OPTIMIZER_FILE, Checkpoint
 from .history import History, StepReport, TrainResult
 from .optim import OPTIMIZERS
-from .order import RecordOrder
+from .order import RecordOrder, batch_rule, largest_batch
 from .run_dir import RunDir
+from .schedule import DEFAULT_ITERS, Schedule
 from .settings import TrainSettings
-from .sink import AccumulateSink, ApplySink
+from .sink import Norms, updater
 from .stop import Stop
+from .stopping import EarlyStopping
+
+
+class Update(NamedTuple):
+    """What one update was: the mean loss before it, its rate, its gradients' norms unclipped."""
+
+    loss: float
+    learning_rate: float
+    norms: Norms
 
 
 class Observer(Protocol):
@@ -56,22 +66,32 @@ class Trainer:
         guard: Guard | None = None,
         stop: Stop | None = None,
     ) -> None:
-        """Set up the optimiser and the gradient sink that the settings ask for."""
+        """Set up the optimiser and the way of updating that the settings ask for.
+
+        Args:
+            model: frozen.
+            adapter: trained in place.
+            method: gives the gradients.
+            settings: of the run; `iters` says how many updates it has.
+            guard: keeps watch over a memory budget.
+            stop: hears signals.
+
+        Raises:
+            ConfigError: the schedule or the groups do not fit the run.
+        """
         self.model, self.adapter, self.method, self.settings = model, adapter, method, settings
         self._guard, self._stop = guard, stop or Stop()
+        self.iters = settings.iters or DEFAULT_ITERS
+        self._schedule = Schedule.of(settings, self.iters)
+        self._optimizer = OPTIMIZERS[settings.optimizer](settings, adapter.parameters)
+        self._updater = updater(settings, adapter.parameters, self._optimizer)
+        self._stopping = EarlyStopping.of(settings)
         self.history = History()
         self._order: dict[str, int] | None = None
         """Where in the order of the records the last update ended; None at the start."""
         self._first = 1
         self._whole = True
         """Whether the parameters are those of `history.step`: not while an update is made."""
-        optimizer = OPTIMIZERS[settings.optimizer](settings, adapter.parameters)
-        self._optimizer = optimizer
-        self._sink: ApplySink | AccumulateSink = (
-            AccumulateSink(adapter.parameters, optimizer, settings.max_grad_norm)
-            if accumulates(settings)
-            else ApplySink(adapter.parameters, optimizer)
-        )
 
     @property
     def budget_bytes(self) -> int | None:
@@ -90,8 +110,10 @@ class Trainer:
         checkpoint.load(self.adapter.parameters, WEIGHTS_FILE)
         checkpoint.load(self._optimizer.state(), OPTIMIZER_FILE)
         self.history = History(**checkpoint.state.history)
+        self.history.stopped_early = False
+        self._stopping.go_on(self.history.stopping)
         self._order = checkpoint.state.order
-        self._first = self._optimizer.step = checkpoint.state.step + 1
+        self._first = checkpoint.state.step + 1
 
     def reserve(self, lengths: Sequence[int]) -> None:
         """Make the method's buffers for batches of up to these lengths, if the budget allows them.
@@ -106,15 +128,15 @@ class Trainer:
             self._guard.admit(lengths)
         self.method.reserve(self.model, sum(lengths), max(lengths))
 
-    def update(self, batches: list[Batch], step: int) -> tuple[float, float | None]:
+    def update(self, batches: list[Batch], step: int) -> Update:
         """One optimiser update from micro-batches, each token weighing the same.
 
         Args:
             batches: micro-batches of this update.
-            step: its number, from 1; seeds the dropout.
+            step: its number, from 1; decides the learning rate and seeds the dropout.
 
         Returns:
-            The mean loss per labelled token before the update, and the gradient norm if known.
+            The mean loss per labelled token before the update, the rate and the norms.
 
         Raises:
             TrainingError: a loss or gradient is not finite; the parameters of a non-finite loss
@@ -126,19 +148,20 @@ class Trainer:
             for lengths in {batch.lengths for batch in batches}:
                 self._guard.admit(lengths)
         n_tokens = sum(batch.n_tokens for batch in batches)
-        total = 0.0
-        for number, batch in enumerate(batches):
-            seed = (self.settings.seed * 1_000_003 + step) * 1_009 + number
-            total += self.method.step(
-                self.model,
-                self.adapter,
-                batch,
-                self._sink,
-                Step(1.0 / n_tokens, seed, step - 1, seed),
-            )
-        norm = self._sink.finish()
+
+        def run(sink: GradSink) -> float:
+            total = 0.0
+            for number, batch in enumerate(batches):
+                seed = (self.settings.seed * 1_000_003 + step) * 1_009 + number
+                one = Step(1.0 / n_tokens, seed, step - 1, seed)
+                total += self.method.step(self.model, self.adapter, batch, sink, one)
+            return total
+
+        rate = self._schedule.rate(step)
+        self._optimizer.start(step, rate)
+        total, norms = self._updater.update(run)
         self.model.checkpoint.check_unchanged()  # before anything of this update is kept
-        return total / n_tokens, norm
+        return Update(total / n_tokens, rate, norms)
 
     def run(
         self,
@@ -162,7 +185,7 @@ class Trainer:
             TrainingError: a loss or gradient was not finite, the disk is full, or a weight file
                 changed; the last good adapter is on disk.
         """
-        order = RecordOrder(len(train), self.settings.seed)
+        order = RecordOrder(train, batch_rule(self.settings))
         if self._order is not None:
             order.seek(self._order)
         self._order = order.position()
@@ -186,8 +209,7 @@ class Trainer:
     def _steps(self, run: _Run, meter: MemoryMeter) -> None:
         train, valid, run_dir, observer, _ = run
         s = self.settings
-        longest = max(max(train.lengths), 0 if valid is None else max(valid.lengths))
-        self.reserve([longest] * s.batch_size)
+        self.reserve(largest_batch(s, train, valid))
         if self._first == 1:
             self._validate(run)
             self._save(run)
@@ -195,7 +217,10 @@ class Trainer:
             run_dir.keep_best()  # the run was interrupted before it could know
             run_dir.confirm()
         saved = monotonic()
-        for step in range(self._first, s.iters + 1):
+        for step in range(self._first, self.iters + 1):
+            if self._stopping.due:
+                self.history.stopped_early = True
+                return
             with self._stop.shielded():
                 with self._stop.shielded(update=True):
                     report = self._update(run, step, meter)
@@ -206,7 +231,7 @@ class Trainer:
             self._stop.check()
             best = self._validation_due(step) and self._validate(run)
             late = s.save_minutes is not None and monotonic() - saved >= 60 * s.save_minutes
-            if (best or late or step % s.save_every == 0) and step < s.iters:
+            if (best or late or step % s.save_every == 0) and step < self.iters:
                 self._save(run)
                 observer.on_save(step)
                 saved = monotonic()
@@ -214,7 +239,7 @@ class Trainer:
     def _update(self, run: _Run, step: int, meter: MemoryMeter) -> StepReport:
         s = self.settings
         self._whole = False
-        micro = [run.order.take(s.batch_size) for _ in range(s.grad_accumulation_steps)]
+        micro = [run.order.take() for _ in range(s.grad_accumulation_steps)]
         batches = [batch_of(run.train, chosen) for chosen in micro]
         report = measured_update(self, batches, step, meter)
         self.history.add(report)
@@ -249,7 +274,7 @@ class Trainer:
     def _validation_due(self, step: int) -> bool:
         if self.history.validated_step == step:
             return False
-        return step % self.settings.steps_per_eval == 0 or step == self.settings.iters
+        return step % self.settings.steps_per_eval == 0 or step == self.iters
 
     def _validate(self, run: _Run) -> bool:
         """Validate the parameters as they are; whether they are the best so far."""
@@ -263,14 +288,11 @@ class Trainer:
         step = self.history.step
         with self._stop.shielded():
             best = self.history.validated(result.loss)
+            self._stopping.see(result.loss)
+            self.history.stopping = self._stopping.state()
             run.observer.on_valid(step, result)
         self._stop.check()
         return best
-
-
-def accumulates(settings: TrainSettings) -> bool:
-    """Whether an update needs the gradients of all parameters at once."""
-    return settings.grad_accumulation_steps > 1 or settings.max_grad_norm is not None
 
 
 def measured_update(
@@ -279,12 +301,12 @@ def measured_update(
     """One update, with its time and its peak of memory."""
     meter.take()
     wall, cpu, read = time.perf_counter(), sum(os.times()[:2]), read_from_disk()
-    loss, norm = trainer.update(batches, step)
+    update = trainer.update(batches, step)
     wall, cpu = time.perf_counter() - wall, sum(os.times()[:2]) - cpu
     peak = meter.take()
     return StepReport(
         step=step,
-        loss=loss,
+        loss=update.loss,
         n_tokens=sum(batch.n_tokens for batch in batches),
         wall_s=wall,
         cpu_s=cpu,
@@ -293,7 +315,9 @@ def measured_update(
         peak_rss_bytes=peak.rss_bytes,
         peak_file_bytes=peak.file_bytes,
         disk_read_bytes=read_from_disk() - read,
-        grad_norm=norm,
+        learning_rate=update.learning_rate,
+        grad_norm=update.norms.total,
+        grad_norms=[None if n is None else float(f"{n:.4g}") for n in update.norms.by_layer],
     )
 
 

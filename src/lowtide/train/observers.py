@@ -55,6 +55,9 @@ class RunObserver(Observer, Protocol):
     def on_resume(self, resumption: Resumption) -> None:
         """The run goes on from a checkpoint."""
 
+    def on_start(self, iters: int) -> None:
+        """Training begins, and will make up to so many updates in all."""
+
     def on_sample(self, sample: Sample) -> None:
         """A prompt was answered."""
 
@@ -75,6 +78,9 @@ class Quiet:
         """Nothing."""
 
     def on_data(self, report: PrepareReport) -> None:
+        """Nothing."""
+
+    def on_start(self, iters: int) -> None:
         """Nothing."""
 
     def on_step(self, report: StepReport) -> None:

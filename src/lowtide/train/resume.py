@@ -42,6 +42,21 @@ class Resumption:
         """Updates made so far."""
         return self.checkpoint.state.step
 
+    def check_iters(self, iters: int) -> None:
+        """Refuse a run that would have to be shorter than it is.
+
+        Args:
+            iters: updates that it shall have in all.
+
+        Raises:
+            ConfigError: says both numbers.
+        """
+        if iters < self.step:
+            raise ConfigError(
+                f"the run would end after {iters} updates, and has made {self.step}. Give --iters "
+                f"of more than {self.step} to go on."
+            )
+
 
 def settle(given: Mapping[str, Any]) -> TrainSettings:
     """The settings of a run: those given, and with `resume` the others as they were.
@@ -64,6 +79,8 @@ def settle(given: Mapping[str, Any]) -> TrainSettings:
     checkpoint, _ = _newest(Path(str(given["adapter_path"])).expanduser())
     known = {one.name for one in fields(TrainSettings)}
     held = {name: v for name, v in checkpoint.state.settings.items() if name in known}
+    if "iters" in given or "epochs" in given:  # either one says how long
+        held |= {"iters": None, "epochs": None}
     return build(TrainSettings, {**held, "overwrite": False, **given})
 
 
@@ -98,7 +115,7 @@ def find(directory: Path, settings: TrainSettings) -> Resumption:
         ConfigError: names all settings that would make it another run.
     """
     checkpoint, damaged = _newest(directory)
-    made, made_by = checkpoint.state.step, checkpoint.lowtide
+    made_by = checkpoint.lowtide
     if made_by != version() and not settings.resume_anyway:
         raise OutputError(
             f"the run in {directory} was made by lowtide {made_by}; this is {version()}, which may "
@@ -118,11 +135,6 @@ def find(directory: Path, settings: TrainSettings) -> Resumption:
         raise ConfigError(
             f"--resume goes on with the run in {directory}, and these would make it another:\n"
             f"{listed(refused)}\nLeave them out, or start a new run in another --adapter-path."
-        )
-    if settings.iters < made:
-        raise ConfigError(
-            f"--iters is {settings.iters}, and the run in {directory} has made {made} updates. "
-            f"Give more than {made} to go on."
         )
     return Resumption(checkpoint, tuple(changes), tuple(damaged))
 

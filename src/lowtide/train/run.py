@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,17 @@ from lowtide.model.threads import set_threads
 
 from .budget import within_budget
 from .fingerprint import file_fingerprint, model_fingerprint
+from .groups import Groups
 from .history import TrainResult
-from .loop import Trainer, accumulates
+from .loop import Trainer
 from .observers import Quiet, RunObserver
 from .optim import OPTIMIZERS
+from .order import batches_in_pass, check_batches, largest_batch
 from .output import check_output, check_space, made_directory
+from .recipe import check_recipe
 from .resume import check_same, find, settle, warn_of_arithmetic
 from .run_dir import Identity, RunDir
+from .schedule import Schedule, updates_of
 from .settings import DataSettings, ModelSettings, TrainSettings, check_step
 from .stop import Stop
 from .watch import watched
@@ -72,6 +76,7 @@ def _train_in(
     check_length(model, settings.max_seq_length)
     adapter = Adapter.create(model, settings.lora_config(), settings.seed, settings.rounded_dtype)
     check_space(directory, _checkpoint_bytes(settings, adapter), settings.keep_checkpoints)
+    Groups(settings, adapter.parameters)  # refuses names that no parameter has
     fingerprints: dict[str, str | None] = {"model": model_fingerprint(model)}
     if resumed is not None:
         warn_of_arithmetic(resumed)
@@ -83,21 +88,28 @@ def _train_in(
     train_set = TokenDataset.open(report.splits["train"].path)
     valid = report.splits.get("valid")
     valid_set = None if valid is None else TokenDataset.open(valid.path)
+    if valid_set is None and settings.early_stopping_patience is not None:
+        raise ConfigError(
+            "--early-stopping-patience counts validations, and there is no validation data. "
+            "Give --valid-data or --valid-records."
+        )
     fingerprints["train"] = file_fingerprint(train_set.path)
     fingerprints["valid"] = None if valid_set is None else file_fingerprint(valid_set.path)
     if resumed is not None:
         check_same(resumed, settings, fingerprints)
-    longest = max(max(train_set.lengths), 0 if valid_set is None else max(valid_set.lengths))
     fitting, guard = within_budget(
         settings,
         model,
-        (longest,) * settings.batch_size,
-        accumulates=accumulates(settings),
+        largest_batch(settings, train_set, valid_set),
+        accumulates=settings.accumulates,
     )
     method = get_method(settings.method, fitting)
-    trainer = Trainer(model, adapter, method, settings, guard, stop)
+    iters = updates_of(settings, batches_in_pass(settings, train_set))
+    trainer = Trainer(model, adapter, method, replace(settings, iters=iters), guard, stop)
     if resumed is not None:
+        resumed.check_iters(iters)
         trainer.resume(resumed.checkpoint)
+    observer.on_start(iters)
     identity = Identity(settings, fingerprints)
     found = None if resumed is None else resumed.checkpoint
     with closing(RunDir(directory, identity, found)) as run_dir:
@@ -128,6 +140,10 @@ def check_supported(settings: TrainSettings) -> None:
     if settings.resume_anyway and not settings.resume:
         raise ConfigError("--resume-anyway is for --resume, which is not given.")
     check_step(settings)
+    check_batches(settings)
+    check_recipe(settings, settings.learning_rate)
+    if settings.epochs is None:
+        Schedule.of(settings, updates_of(settings, 0))  # refuses a warm-up that is too long
     if settings.valid_data is not None and settings.valid_records:
         raise ConfigError("give --valid-data or --valid-records, not both.")
 

@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lowtide.config import to_yaml
 from lowtide.errors import LowtideWarning
 from lowtide.export.peft import CONFIG_FILE, WEIGHTS_FILE
 from lowtide.model.adapter import Adapter
+from lowtide.settings_file import to_yaml
 from lowtide.weights.writer import link_atomically, sync_directory, write_atomically
 
 from .checkpoints import FOLDER, Checkpoint, Checkpoints, RunState, file_checksum

@@ -7,17 +7,14 @@ from dataclasses import dataclass
 import torch
 
 from lowtide.config import setting
-from lowtide.errors import ConfigError
 from lowtide.methods import METHODS, MethodOptions, check_options
 from lowtide.model.adapter import ALL_LINEAR, LoraConfig
 from lowtide.model.decoder import COMPUTE_DTYPES
 from lowtide.weights.storages import STORAGES
 
-from .optim import OPTIMIZERS
-from .states import STATES
+from .recipe import MAX_BATCH, OptimizerSettings, RecipeSettings, check_optimizer
 
 MAX_SEED = 2**63 - 1
-MAX_BATCH = 65_536
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,25 +100,6 @@ class LoraSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerSettings:
-    """What turns gradients into updates."""
-
-    optimizer: str = setting("adamw", help="optimiser", choices=tuple(OPTIMIZERS))
-    learning_rate: float = setting(1e-4, help="step size", above=0, changeable=True)
-    weight_decay: float = setting(0.0, help="L2 term of sgd, decoupled decay of adamw", minimum=0)
-    momentum: float = setting(0.0, help="momentum of sgd", minimum=0, maximum=0.9999)
-    beta1: float = setting(0.9, help="first decay rate of adamw", minimum=0, maximum=0.9999)
-    beta2: float = setting(0.999, help="second decay rate of adamw", minimum=0, maximum=0.999999)
-    adam_eps: float = setting(1e-8, help="epsilon of adamw", above=0)
-    optimizer_state: str = setting(
-        "float32",
-        help="how adamw's moments and sgd's momentum are kept: 4 bytes per adapter parameter and "
-        "moment (8 with --compute-dtype float64), or, lossy, 2 (bfloat16) or 1.02 (8bit)",
-        choices=tuple(STATES),
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
 class StepSettings(MethodOptions, OptimizerSettings, LoraSettings):
     """What decides the memory of a step, the model and the batch aside."""
 
@@ -157,17 +135,12 @@ def check_step(settings: StepSettings) -> None:
         ConfigError: names the setting.
     """
     check_options(settings.method, settings)
-    stateless = settings.optimizer == "sgd" and not settings.momentum
-    if settings.optimizer_state != "float32" and stateless:
-        raise ConfigError(
-            f"--optimizer-state {settings.optimizer_state} is for adamw, and for sgd with "
-            "--momentum; sgd without it keeps no state. Leave it out."
-        )
+    check_optimizer(settings)
 
 
 # Dataclass fields come in reverse order of the bases, which is thus the order of run.yaml.
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings(StepSettings, DataSettings, ModelSettings):
+class TrainSettings(RecipeSettings, StepSettings, DataSettings, ModelSettings):
     """All settings of `lowtide train`."""
 
     data: str = setting(
@@ -179,21 +152,16 @@ class TrainSettings(StepSettings, DataSettings, ModelSettings):
         help="directory to write the adapter to", filled=True, changeable=True
     )
     overwrite: bool = setting(False, help="replace the run that --adapter-path already holds")
-    iters: int = setting(100, help="optimiser updates", minimum=1, changeable=True)
     batch_size: int = setting(
         1, help="sequences per forward and backward", minimum=1, maximum=MAX_BATCH
     )
-    grad_accumulation_steps: int = setting(
-        1,
-        help="batches per update, weighted by their labelled tokens",
-        minimum=1,
-        maximum=MAX_BATCH,
+    packing: bool = setting(
+        False,
+        help="fill every batch with whole records, up to batch size x max seq length tokens, so "
+        "that all updates take about as long; attention never reaches from one record to another",
     )
-    max_grad_norm: float | None = setting(
-        None,
-        help="clip the global gradient norm to this; needs all gradients at once (4 bytes per "
-        "adapter parameter)",
-        above=0,
+    group_by_length: bool = setting(
+        False, help="let records of similar length share a batch (with --batch-size above 1)"
     )
     seed: int = setting(
         0, help="seed of initialisation, order and dropout", minimum=0, maximum=MAX_SEED

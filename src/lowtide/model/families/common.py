@@ -47,13 +47,21 @@ class Sizes(NamedTuple):
     max_positions: int
 
 
-def read_sizes(reader: ConfigReader, *, max_positions: int, head_dim: int | None = None) -> Sizes:
+def read_sizes(
+    reader: ConfigReader,
+    *,
+    max_positions: int,
+    head_dim: int | None = None,
+    kv_heads: int | None = None,
+) -> Sizes:
     """Sizes, and the settings that no family supports.
 
     Args:
         reader: the config.
         max_positions: what a missing `max_position_embeddings` means.
         head_dim: what a missing `head_dim` means; None divides the hidden size by the heads.
+        kv_heads: what a missing `num_key_value_heads` means; None as many as there are heads, which
+            null always means.
 
     Returns:
         The sizes; problems are recorded in the reader.
@@ -71,7 +79,8 @@ def read_sizes(reader: ConfigReader, *, max_positions: int, head_dim: int | None
     if layers > _MOST_LAYERS:
         reader.problems.append(f"num_hidden_layers = {layers} is not sensible")
         reader.finish()
-    kv_heads = reader.integer("num_key_value_heads", heads)
+    absent = kv_heads if "num_key_value_heads" not in reader.raw else None
+    kv_heads = reader.integer("num_key_value_heads", absent or heads)
     if heads % kv_heads:
         reader.problems.append(
             f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}"
@@ -102,14 +111,29 @@ def one_rope(
     """
     found = reader.ropes()
     if not partial:
-        whole = found.get("partial_rotary_factor") in (None, 1)
-        share = found if not whole else reader.raw
-        if share.get("partial_rotary_factor") not in (None, 1):
-            value = share["partial_rotary_factor"]
-            reader.problems.append(f"partial_rotary_factor = {value!r} (supported: 1)")
-            found = {**found, "partial_rotary_factor": 1}
+        found = rotates_all(reader, found)
     theta = reader.number("rope_theta", theta)
     return (reader.rope(sizes.max_positions, sizes.head_dim, theta, found),)
+
+
+def rotates_all(reader: ConfigReader, found: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Record a problem where only a part of each head is rotated.
+
+    Args:
+        reader: the config.
+        found: rotary settings from it.
+
+    Returns:
+        The settings without the part.
+    """
+    if not isinstance(found, Mapping):  # refused where the table is read
+        return found
+    for settings in (found, reader.raw):
+        value = settings.get("partial_rotary_factor")
+        if value not in (None, 1):
+            reader.problems.append(f"partial_rotary_factor = {value!r} (supported: 1)")
+            return {**found, "partial_rotary_factor": 1}
+    return found
 
 
 def decoder_spec(

@@ -21,6 +21,7 @@ from .common import (
     decoder_spec,
     one_rope,
     read_sizes,
+    rotates_all,
     tiny,
 )
 from .llama import ATTENTION
@@ -70,7 +71,7 @@ def gemma_spec(raw: Mapping[str, Any]) -> ModelSpec:
     either = (*GELU_TANH, "gelu")
     reader.refuse_unless("hidden_act", lambda v: v in either, GELU_TANH[0])
     reader.refuse_unless("hidden_activation", lambda v: v is None or v in either, GELU_TANH[0])
-    sizes = read_sizes(reader, max_positions=8192, head_dim=_HEAD_DIM)
+    sizes = read_sizes(reader, max_positions=8192, head_dim=_HEAD_DIM, kv_heads=16)
     return decoder_spec(
         reader,
         sizes,
@@ -83,7 +84,7 @@ def gemma_spec(raw: Mapping[str, Any]) -> ModelSpec:
 def gemma2_spec(raw: Mapping[str, Any]) -> ModelSpec:
     """Gemma 2: every layer but each second slides; scores and logits are capped."""
     reader = ConfigReader(raw)
-    sizes = read_sizes(reader, max_positions=8192, head_dim=_HEAD_DIM)
+    sizes = read_sizes(reader, max_positions=8192, head_dim=_HEAD_DIM, kv_heads=4)
     return decoder_spec(
         reader,
         sizes,
@@ -99,11 +100,16 @@ def _two_ropes(reader: ConfigReader, sizes: Sizes) -> tuple[RopeSpec, ...]:
     """The table of layers that see everything, then that of those that slide."""
     found = reader.ropes()
     nested = any(name in found for name in ("full_attention", "sliding_attention"))
+    if not nested and reader.get("rope_parameters"):
+        reader.problems.append(
+            "rope_parameters has neither full_attention nor sliding_attention (expected an object "
+            "for each; rope_scaling is about full_attention)"
+        )
     whole = found.get("full_attention") if nested else found
     local = found.get("sliding_attention") if nested else {}
     bases = reader.number("rope_theta", 1e6), reader.number("rope_local_base_freq", 1e4)
     return tuple(
-        reader.rope(sizes.max_positions, sizes.head_dim, base, settings or {})
+        reader.rope(sizes.max_positions, sizes.head_dim, base, rotates_all(reader, settings or {}))
         for base, settings in zip(bases, (whole, local), strict=True)
     )
 
@@ -116,7 +122,7 @@ def gemma3_text_spec(raw: Mapping[str, Any]) -> ModelSpec:
     """
     reader = ConfigReader(raw)
     reader.refuse_set("attn_logit_softcapping")
-    sizes = read_sizes(reader, max_positions=131_072, head_dim=_HEAD_DIM)
+    sizes = read_sizes(reader, max_positions=131_072, head_dim=_HEAD_DIM, kv_heads=4)
     windows = _windows(reader, sizes, reader.integer("sliding_window_pattern", 6))
     return decoder_spec(
         reader,

@@ -15,7 +15,7 @@ def mistral_spec(raw: Mapping[str, Any]) -> ModelSpec:
     """A config without `sliding_window` means 4,096 keys; null means none."""
     reader = ConfigReader(raw)
     reader.refuse_unless("layer_types", lambda v: v is None, "none: all layers are alike")
-    sizes = read_sizes(reader, max_positions=131_072)
+    sizes = read_sizes(reader, max_positions=131_072, kv_heads=8)
     window = reader.window(4096)
     return decoder_spec(
         reader,

@@ -19,8 +19,11 @@ FUSED = (
 
 
 def phi3_spec(raw: Mapping[str, Any]) -> ModelSpec:
-    """Sequences beyond `original_max_position_embeddings` rotate with the long factors."""
-    reader = ConfigReader(raw)
+    """Sequences beyond `original_max_position_embeddings` rotate with the long factors.
+
+    It decides over that inside the rotary settings, also where it is missing and means 4,096.
+    """
+    reader = ConfigReader({"original_max_position_embeddings": 4096, **raw})
     reader.refuse_set("resid_pdrop", "embd_pdrop", "attention_bias", "mlp_bias", "lm_head_bias")
     for name in ("full_attn_mod", "interpolate_factor"):
         reader.refuse_unless(name, lambda v: v in (None, 1), "1")

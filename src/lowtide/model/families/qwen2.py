@@ -15,7 +15,7 @@ def qwen2_spec(raw: Mapping[str, Any]) -> ModelSpec:
     """Layers from `max_window_layers` on slide, and only where `use_sliding_window` is true."""
     reader = ConfigReader(raw)
     reader.refuse_set("use_mrope")
-    sizes = read_sizes(reader, max_positions=32_768)
+    sizes = read_sizes(reader, max_positions=32_768, kv_heads=32)
     first = reader.count("max_window_layers", 28)
     return decoder_spec(
         reader,

@@ -15,7 +15,7 @@ from .reader import ConfigReader
 def qwen3_spec(raw: Mapping[str, Any]) -> ModelSpec:
     """Windows as in Qwen2; `attention_bias` puts a bias on q, k, v and o."""
     reader = ConfigReader(raw)
-    sizes = read_sizes(reader, max_positions=32_768, head_dim=128)
+    sizes = read_sizes(reader, max_positions=32_768, head_dim=128, kv_heads=32)
     first = reader.count("max_window_layers", 28)
     return decoder_spec(
         reader,
@@ -42,6 +42,11 @@ QWEN3 = Family(
             use_sliding_window=True,
             sliding_window=11,
             layer_types=["full_attention", "sliding_attention", "full_attention"],
+            rope_scaling={
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "original_max_position_embeddings": 128,
+            },
         ),
     ),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from lowtide.errors import ModelError, listed
@@ -27,14 +28,21 @@ HARMLESS = frozenset(
 # Settings of long contexts, under the names of config.json, and what must be there of each.
 _ROPE_KINDS = {
     "default": ("default", ()),
+    # It changes the base of sequences beyond max_position_embeddings, and those are refused.
+    "dynamic": ("default", ("factor",)),
     "linear": ("linear", ("factor",)),
     "llama3": ("banded", ("factor", "low_freq_factor", "high_freq_factor")),
+    "yarn": ("yarn", ("factor",)),
     "longrope": ("longrope", ("short_factor", "long_factor")),
     "su": ("longrope", ("short_factor", "long_factor")),
 }
 _ROPE_OPTIONAL = {
     "banded": {"original_max_position_embeddings"},
     "longrope": {"original_max_position_embeddings", "factor", "attention_factor"},
+    "yarn": {
+        *("original_max_position_embeddings", "attention_factor", "mscale", "mscale_all_dim"),
+        *("beta_fast", "beta_slow", "truncate"),
+    },
 }
 Check = Callable[[Any], bool]
 
@@ -157,15 +165,19 @@ class ConfigReader:
 
     def ropes(self) -> Mapping[str, Any]:
         """Rotary settings of either spelling: `rope_parameters`, or `rope_scaling`."""
-        for name in ("rope_parameters", "rope_scaling"):
+        names = ("rope_parameters", "rope_scaling")
+        for name in names:
             value = self.get(name, {})
             if not isinstance(value, Mapping):
                 self.problems.append(f"{name} = {value!r} (expected an object)")
-        for name in ("rope_parameters", "rope_scaling"):
-            value = self.get(name)
-            if value and isinstance(value, Mapping):
-                return dict(value)
-        return {}
+        found = [
+            value for name in names if (value := self.get(name)) and isinstance(value, Mapping)
+        ]
+        if len(found) > 1 and found[0] != found[1]:
+            self.problems.append(
+                "rope_parameters and rope_scaling are both there and differ (expected one of them)"
+            )
+        return dict(found[0]) if found else {}
 
     def rope(
         self, max_positions: int, head_dim: int, theta: float, settings: Mapping[str, Any]
@@ -209,8 +221,8 @@ class ConfigReader:
             theta=inner.number("rope_theta", theta),
             kind=kind,
             rotated=0 if rotated == head_dim else rotated,
-            **_scaling(self, inner, kind, max_positions, rotated // 2),
         )
+        spec = replace(spec, **_scaling(self, inner, spec, max_positions, rotated))
         self.problems += inner.problems
         return spec
 
@@ -242,32 +254,55 @@ class ConfigReader:
 
 
 def _scaling(
-    outer: ConfigReader, inner: ConfigReader, kind: str, max_positions: int, frequencies: int
+    outer: ConfigReader, inner: ConfigReader, rope: RopeSpec, max_positions: int, rotated: int
 ) -> dict[str, Any]:
     """The fields of `RopeSpec` that rescale frequencies."""
-    if kind == "linear":
+    if rope.kind == "default":
+        return {}
+    if rope.kind == "linear":
         return {"factor": inner.number("factor")}
-    if kind == "banded":
+    original = inner.integer("original_max_position_embeddings", max_positions)
+    if rope.kind == "banded":
         return {
             "factor": inner.number("factor"),
             "low_freq_factor": inner.number("low_freq_factor"),
             "high_freq_factor": inner.number("high_freq_factor"),
-            "original_max_positions": inner.integer(
-                "original_max_position_embeddings", max_positions
-            ),
+            "original_max_positions": original,
         }
-    if kind != "longrope":
-        return {}
+    if rope.kind == "yarn":
+        return _yarn(inner, rope.theta, original, rotated)
     # Where both are there, the one outside decides.
-    inside = inner.integer("original_max_position_embeddings", max_positions)
-    original = outer.integer("original_max_position_embeddings", inside)
+    original = outer.integer("original_max_position_embeddings", original)
     factor = inner.number("factor", max_positions / original)
     usual = 1.0
     if factor > 1.0 and original > 1:
         usual = math.sqrt(1 + math.log(factor) / math.log(original))
     return {
         "original_max_positions": original,
-        "short_factors": inner.numbers("short_factor", frequencies),
-        "long_factors": inner.numbers("long_factor", frequencies),
+        "short_factors": inner.numbers("short_factor", rotated // 2),
+        "long_factors": inner.numbers("long_factor", rotated // 2),
         "table_factor": inner.number("attention_factor", usual),
+    }
+
+
+def _yarn(inner: ConfigReader, theta: float, original: int, rotated: int) -> dict[str, Any]:
+    """YaRN (arXiv 2309.00071): where its ramp begins and ends, and the factor on its tables."""
+    factor = inner.number("factor")
+    ends = []
+    for name, usual in (("beta_fast", 32.0), ("beta_slow", 1.0)):
+        turns = inner.number(name, usual)
+        if theta == 1.0:
+            inner.problems.append("rope_theta = 1 (expected more, with rope type 'yarn')")
+            return {}
+        ends.append(rotated * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta)))
+    if inner.flag("truncate", True):
+        ends = [math.floor(ends[0]), math.ceil(ends[1])]
+    scales = [inner.optional(name) for name in ("mscale", "mscale_all_dim")]
+    above, below = scales if all(scales) else (1.0, 0.0)
+    log = 0.1 * math.log(factor) if factor > 1 else 0.0
+    return {
+        "factor": factor,
+        "original_max_positions": original,
+        "ramp": (float(max(ends[0], 0)), float(min(ends[1], rotated - 1))),
+        "table_factor": inner.number("attention_factor", (above * log + 1) / (below * log + 1)),
     }

@@ -15,7 +15,7 @@ from .reader import ConfigReader
 def smollm3_spec(raw: Mapping[str, Any]) -> ModelSpec:
     """`no_rope_layers` has a 1 for each layer that rotates, despite its name."""
     reader = ConfigReader(raw)
-    sizes = read_sizes(reader, max_positions=32_768)
+    sizes = read_sizes(reader, max_positions=32_768, kv_heads=4)
     interval = reader.integer("no_rope_layer_interval", 4)
     rotates = reader.flags("no_rope_layers", sizes.num_layers)
     if rotates is None:
@@ -57,6 +57,7 @@ SMOLLM3 = Family(
             use_sliding_window=True,
             sliding_window=8,
             tie_word_embeddings=False,
+            rope_scaling={"type": "dynamic", "factor": 2.0},
         ),
     ),
 )

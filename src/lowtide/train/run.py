@@ -32,6 +32,7 @@ from .run_dir import Identity, RunDir
 from .schedule import Schedule, updates_of
 from .settings import DataSettings, ModelSettings, TrainSettings, check_step
 from .stop import Stop
+from .stopping import check_stopping
 from .watch import watched
 
 
@@ -88,15 +89,13 @@ def _train_in(
     train_set = TokenDataset.open(report.splits["train"].path)
     valid = report.splits.get("valid")
     valid_set = None if valid is None else TokenDataset.open(valid.path)
-    if valid_set is None and settings.early_stopping_patience is not None:
-        raise ConfigError(
-            "--early-stopping-patience counts validations, and there is no validation data. "
-            "Give --valid-data or --valid-records."
-        )
     fingerprints["train"] = file_fingerprint(train_set.path)
     fingerprints["valid"] = None if valid_set is None else file_fingerprint(valid_set.path)
+    iters = updates_of(settings, batches_in_pass(settings, train_set))
+    check_stopping(settings, iters, valid_set is not None)
     if resumed is not None:
         check_same(resumed, settings, fingerprints)
+        resumed.check_iters(iters)
     fitting, guard = within_budget(
         settings,
         model,
@@ -104,15 +103,12 @@ def _train_in(
         accumulates=settings.accumulates,
     )
     method = get_method(settings.method, fitting)
-    iters = updates_of(settings, batches_in_pass(settings, train_set))
     trainer = Trainer(model, adapter, method, replace(settings, iters=iters), guard, stop)
-    if resumed is not None:
-        resumed.check_iters(iters)
-        trainer.resume(resumed.checkpoint)
-    observer.on_start(iters)
-    identity = Identity(settings, fingerprints)
     found = None if resumed is None else resumed.checkpoint
-    with closing(RunDir(directory, identity, found)) as run_dir:
+    if found is not None:
+        trainer.resume(found)
+    observer.on_start(iters)
+    with closing(RunDir(directory, Identity(settings, fingerprints), found)) as run_dir:
         with watched(run_dir, trainer, report, observer) as watchers:
             result = trainer.run(train_set, valid_set, run_dir, watchers)
             watchers.end(result)

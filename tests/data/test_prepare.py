@@ -225,6 +225,6 @@ def test_what_crosses_comes_back_whole(tmp_path: Path) -> None:
         valid_records=5,
     )
     assert PrepareRequest.from_json(request.to_json()) == request
-    split = SplitReport(Path("p"), Path("s"), 1, 2, 3, 4, 5, 6, 7, True)
+    split = SplitReport(Path("p"), Path("s"), 1, 2, 3, 4, 5, 6, 7, "abc", True)
     report = PrepareReport({"train": split}, ("said",), 10)
     assert PrepareReport.from_dict(json.loads(report.to_json())) == report

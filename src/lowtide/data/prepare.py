@@ -84,6 +84,8 @@ class SplitReport:
     """Tokens cut off, or dropped with their record."""
     dropped_records: int
     """Records left out because no trained token was left in them."""
+    sha256: str = ""
+    """Checksum of the cache."""
     from_store: bool = False
     """Whether it had been tokenised before."""
 

@@ -13,7 +13,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -136,10 +136,15 @@ class _Preparation:
                 "writes there, or choose another directory with --cache-dir."
             )
         reports = {
-            name: SplitReport(**{**about, "path": self._store.path(key) / name, "source": source})
+            name: SplitReport(
+                **about,
+                path=self._store.path(key) / name,
+                source=source,
+                sha256=found["files"][name],
+                from_store=before,
+            )
             for name, about in found["caches"].items()
         }
-        reports = {name: replace(one, from_store=before) for name, one in reports.items()}
         return reports, found["warnings"]
 
     def _build(self, key: str, source: Path, hold_out: int, status: tuple[int, int]) -> None:

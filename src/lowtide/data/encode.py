@@ -21,6 +21,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lowtide.data.files import Tally
 from lowtide.data.formats import (
     ChatRecord,
     InstructionRecord,
@@ -34,6 +35,8 @@ from lowtide.data.tokenizer import Tokenizer
 from lowtide.data.turns import Conversation, Span, assistant_spans, refusal_remedy
 from lowtide.errors import ConfigError, DataError
 
+TEMPLATE = "not expressible in the chat template"
+"""What records that the template refuses are counted under."""
 _BATCH_RECORDS, _BATCH_CHARS = 128, 1 << 17
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately "
@@ -56,6 +59,8 @@ class Encoded(NamedTuple):
     """Tokens cut off at the end because the record was too long."""
     digest: int = 0
     """64 bits of the whole record's ids, by which equal records are found."""
+    where: str = ""
+    """The record's place, for messages."""
 
     @property
     def trained_tokens(self) -> int:
@@ -115,11 +120,14 @@ class Encoder:
         """
         return next(self.encode_all([record]))
 
-    def encode_all(self, records: Iterable[Record]) -> Iterator[Encoded]:
+    def encode_all(
+        self, records: Iterable[Record], problems: Tally | None = None
+    ) -> Iterator[Encoded]:
         """Tokenise records, some at a time, which takes all cores.
 
         Args:
             records: The records; at most `_BATCH_CHARS` characters and one record are held.
+            problems: Takes the records that cannot be encoded; None ends with an error.
 
         Yields:
             What `encode` returns for each.
@@ -131,7 +139,13 @@ class Encoder:
         batch: list[_Text] = []
         chars = 0
         for record in records:
-            batch.append(self._text(record))
+            try:
+                batch.append(self._text(record))
+            except DataError as error:
+                if problems is None:
+                    raise
+                problems.add(str(error), TEMPLATE)
+                continue
             chars += len(batch[-1].text)
             if len(batch) == _BATCH_RECORDS or chars > _BATCH_CHARS:
                 yield from self._encoded(batch)
@@ -184,7 +198,9 @@ class Encoder:
                     self._end(ids, trained)
                 self._check_ids(ids, text.where)
                 cut = self.max_seq_length
-                yield Encoded(ids[:cut], trained[:cut], max(0, len(ids) - cut), _digest(ids))
+                yield Encoded(
+                    ids[:cut], trained[:cut], max(0, len(ids) - cut), _digest(ids), text.where
+                )
 
     def _text(self, record: Record) -> _Text:
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -20,6 +21,27 @@ SUFFIXES = (".jsonl", ".json", ".txt")
 MAX_PROBLEMS = 10
 LINE_BYTES = 1 << 24
 _EXPECTED = "Expected a .jsonl, .json or .txt file, or a directory with train.jsonl"
+
+
+class Tally:
+    """Takes what is wrong with a file without ending the reading: counts, and the first of each."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, list[str]] = {}
+
+    def __bool__(self) -> bool:
+        return False  # records after a bad one are given out too
+
+    def add(self, problem: str, kind: str) -> None:
+        """Note one problem; see `Problems.add`."""
+        self.counts[kind] += 1
+        shown = self.examples.setdefault(kind, [])
+        if len(shown) < MAX_PROBLEMS:
+            shown.append(problem)
+
+    def raise_if_any(self) -> None:
+        """Nothing is raised."""
 
 
 class Problems:
@@ -121,7 +143,7 @@ def require_split(data: Path, splits: tuple[str, ...]) -> Path:
     )
 
 
-def iter_rows(path: Path, problems: Problems) -> Iterator[tuple[str, Any]]:
+def iter_rows(path: Path, problems: Problems | Tally) -> Iterator[tuple[str, Any]]:
     """The JSON values of a .jsonl file, line by line, or of the list in a .json file.
 
     Args:

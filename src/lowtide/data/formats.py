@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowtide.data.files import Problems, iter_rows
+from lowtide.data.files import Problems, Tally, iter_rows
 from lowtide.data.json_list import kind_of
 from lowtide.data.text import EmptyDataError
 from lowtide.data.tokenizer import unencodable
@@ -120,7 +120,7 @@ def _formats(names: FeatureNames) -> list[_Format]:
 
 
 def iter_records(
-    path: Path, names: FeatureNames | None = None, problems: Problems | None = None
+    path: Path, names: FeatureNames | None = None, problems: Problems | Tally | None = None
 ) -> Iterator[Record]:
     """The records of a .jsonl or .json file, each checked.
 

@@ -48,6 +48,10 @@ class PrepareRequest:
     """Validation data from elsewhere; wins over the data directory's own valid split."""
     valid_records: int = 0
     """Where there is no validation data, hold out this many records or windows at the end."""
+    task: Literal["prepare", "census", "sample"] = "prepare"
+    """census and sample keep nothing; see the modules of those names."""
+    sampled: int = 0
+    """How many records `sample` takes."""
     builder: str = field(default_factory=lambda: token_hex(8))
     """What the child calls its unfinished work, which the parent removes if the child cannot."""
 
@@ -146,6 +150,25 @@ def prepare(request: PrepareRequest) -> PrepareReport:
             LowtideError itself, with the child's last words, where it died.
         KeyboardInterrupt: Ctrl-C; the child has ended and left nothing half written.
     """
+    report = PrepareReport.from_dict(ask(request))
+    for text in report.warnings:
+        warnings.warn(text, LowtideWarning, stacklevel=2)
+    return report
+
+
+def ask(request: PrepareRequest) -> dict[str, Any]:
+    """Have a request served by a child process.
+
+    Args:
+        request: What to do.
+
+    Returns:
+        Its answer, as JSON carries it.
+
+    Raises:
+        LowtideError: As `prepare`.
+        KeyboardInterrupt: As `prepare`.
+    """
     # -P: neither the script's directory nor the working directory is searched for modules, so a
     # file named random.py there does no harm.
     command = [sys.executable, "-P", str(Path(__file__).with_name("child.py"))]
@@ -159,13 +182,10 @@ def prepare(request: PrepareRequest) -> PrepareReport:
         raise
     finally:
         remove_unfinished(request.cache, request.builder)
-    report = _answer(child.returncode, out, err)
-    for text in report.warnings:
-        warnings.warn(text, LowtideWarning, stacklevel=2)
-    return report
+    return _answer(child.returncode, out, err)
 
 
-def _answer(returncode: int, out: bytes, err: bytes) -> PrepareReport:
+def _answer(returncode: int, out: bytes, err: bytes) -> dict[str, Any]:
     try:
         answer = json.loads(out)
     except ValueError:
@@ -174,8 +194,8 @@ def _answer(returncode: int, out: bytes, err: bytes) -> PrepareReport:
         raise KeyboardInterrupt  # Ctrl-C reaches both, and the child may be the first to end
     if isinstance(answer, dict) and "error" in answer:
         raise KINDS.get(answer["error"], LowtideError)(answer["message"])
-    if returncode == 0 and isinstance(answer, dict) and "splits" in answer:
-        return PrepareReport.from_dict(answer)
+    if returncode == 0 and isinstance(answer, dict) and answer:
+        return answer
     lines = err.decode("utf-8", "replace").strip().splitlines()[-_STDERR_LINES:]
     ending = f"ended with code {returncode}"
     if returncode < 0:

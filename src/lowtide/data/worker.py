@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from lowtide.data.cache import CacheWriter, TokenDataset
+from lowtide.data.census import census
 from lowtide.data.encode import Encoded, Encoder
 from lowtide.data.files import require_split, resolve_split
 from lowtide.data.formats import iter_records
 from lowtide.data.keys import source_parts, status_of, tokenizer_parts
 from lowtide.data.overlap import overlap_warning
 from lowtide.data.prepare import PrepareReport, PrepareRequest, SplitReport
+from lowtide.data.sample import sample
 from lowtide.data.store import TokenStore, key_of
 from lowtide.data.text import EmptyDataError, iter_plain
 from lowtide.data.tokenizer import Tokenizer
@@ -240,6 +242,14 @@ class _Split:
         }
 
 
+def _served(request: PrepareRequest) -> str:
+    if request.task == "census":
+        return json.dumps(census(request).to_dict())
+    if request.task == "sample":
+        return json.dumps({"records": sample(request, request.sampled)})
+    return run(request).to_json()
+
+
 def _peak_bytes() -> int:
     """The most memory that this process had; getrusage would count its parent's before the exec."""
     try:
@@ -260,7 +270,7 @@ def main() -> int:
     os.dup2(2, 1)
     request = PrepareRequest.from_json(sys.stdin.buffer.read().decode("utf-8"))
     try:
-        answer, code = run(request).to_json(), 0
+        answer, code = _served(request), 0
     except LowtideError as error:
         answer, code = json.dumps({"error": error.kind, "message": str(error)}), 1
     with answer_to:

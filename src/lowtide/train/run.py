@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from .optim import OPTIMIZERS
 from .order import batches_in_pass, check_batches, largest_batch
 from .output import check_output, check_space, made_directory
 from .recipe import check_recipe
+from .rehearsal import has_validation, rehearse
 from .resume import check_same, find, settle, warn_of_arithmetic
 from .run_dir import Identity, RunDir
 from .schedule import Schedule, updates_of
@@ -64,6 +66,8 @@ def train(
     check_supported(settings)
     directory = Path(settings.adapter_path).expanduser()
     check_output(directory, settings.overwrite or settings.resume)
+    if settings.dry_run:
+        return _rehearse(directory, settings, observer)
     stop = Stop(observer.on_stopping)
     with stop.listening(), made_directory(directory):
         check_output(directory, settings.overwrite or settings.resume)  # nobody else writes now
@@ -116,6 +120,24 @@ def _train_in(
             return result
 
 
+def _rehearse(directory: Path, settings: TrainSettings, observer: RunObserver) -> TrainResult:
+    """All that a run checks, and one update; the result counts none."""
+    check_stopping(settings, settings.iters or sys.maxsize, has_validation(settings))
+    model = open_model(settings)
+    check_length(model, settings.max_seq_length)
+    adapter = Adapter.create(model, settings.lora_config(), settings.seed, settings.rounded_dtype)
+    check_space(directory, _checkpoint_bytes(settings, adapter), settings.keep_checkpoints)
+    Groups(settings, adapter.parameters)
+    observer.on_model(model, adapter)
+    rehearsal = rehearse(settings, model, adapter, _request(settings, model))
+    observer.on_rehearsal(rehearsal)
+    step = rehearsal.step
+    return TrainResult(
+        0, step.loss, None, step.n_tokens, step.wall_s, step.cpu_s, step.peak_anon_bytes,
+        step.peak_rss_bytes,
+    )  # fmt: skip
+
+
 def _checkpoint_bytes(settings: TrainSettings, adapter: Adapter) -> int:
     """The size of a checkpoint's tensors: the adapter's and what its optimiser will keep."""
     optimizer = OPTIMIZERS[settings.optimizer](settings, adapter.parameters)
@@ -134,6 +156,8 @@ def check_supported(settings: TrainSettings) -> None:
     """
     if settings.resume and settings.overwrite:
         raise ConfigError("--resume goes on with a run, --overwrite replaces it; give one of them.")
+    if settings.dry_run and settings.resume:
+        raise ConfigError("--dry-run tries a new run, --resume goes on with one; give one of them.")
     if settings.resume_anyway and not settings.resume:
         raise ConfigError("--resume-anyway is for --resume, which is not given.")
     check_step(settings)

@@ -159,6 +159,11 @@ class TrainSettings(RecipeSettings, StepSettings, DataSettings, ModelSettings):
         help="directory to write the adapter to", filled=True, changeable=True
     )
     overwrite: bool = setting(False, help="replace the run that --adapter-path already holds")
+    dry_run: bool = setting(
+        False,
+        help="check everything, show a sample with its masks, plan the memory, make one update, "
+        "and write nothing",
+    )
     batch_size: int = setting(
         1, help="sequences per forward and backward", minimum=1, maximum=MAX_BATCH
     )

@@ -11,7 +11,7 @@ from lowtide.infer.evaluate import Evaluation
 from lowtide.model.adapter import Adapter
 from lowtide.model.decoder import Decoder
 from lowtide.train.loop import StepReport, TrainResult
-from lowtide.train.observers import Quiet
+from lowtide.train.observers import Quiet, Sample
 from lowtide.train.run import train
 from lowtide.train.settings import TrainSettings
 
@@ -48,7 +48,7 @@ class Progress(Quiet):
         self._settings, self._output = settings, output
         self._bar: _Bar | None = None
         self._iters = 0
-        self._wall = 0.0
+        self._wall, self._step = 0.0, 0
         self._recent: list[StepReport] = []
 
     def on_model(self, model: Decoder, adapter: Adapter) -> None:
@@ -78,6 +78,7 @@ class Progress(Quiet):
     def on_step(self, report: StepReport) -> None:
         """Advance the bar, or print a line now and then."""
         self._wall += report.wall_s
+        self._step = report.step
         self._recent.append(report)
         left = (self._iters - report.step) * self._wall / report.step
         due = report.step % self._settings.steps_per_report == 0
@@ -111,6 +112,15 @@ class Progress(Quiet):
     def on_save(self, step: int) -> None:
         """Print where the adapter went."""
         self._output.say(f"step {step}: adapter saved to {self._settings.adapter_path}")
+
+    def on_sample(self, sample: Sample) -> None:
+        """Print it, in short."""
+        self._output.say(f"step {sample.step}: {sample.prompt!r} -> {sample.text!r}")
+
+    def on_pause(self, reason: str | None) -> None:
+        """Say why the run pauses, and that it goes on."""
+        step = self._step
+        self._output.say(f"paused after step {step}: {reason}" if reason else "going on")
 
     def on_stopping(self) -> None:
         """Say that Ctrl-C was heard."""

@@ -110,18 +110,19 @@ class Trainer:
             ConfigError: the schedule or the groups do not fit the run.
         """
         self.model, self.adapter, self.method, self.settings = model, adapter, method, settings
-        self._guard = guard
+        self.guard = guard
         self.iters = settings.iters or DEFAULT_ITERS
         self._schedule = Schedule.of(settings, self.iters)
         self._optimizer = OPTIMIZERS[settings.optimizer](settings, adapter.parameters)
         self._updater = updater(settings, adapter.parameters, self._optimizer)
         self._stopping = EarlyStopping.of(settings)
         self._stop_requested = self._updating = False
+        self._meter = MemoryMeter()
 
-    @property
-    def budget_bytes(self) -> int | None:
-        """What `--memory-budget` allows."""
-        return None if self._guard is None else self._guard.budget_bytes
+    def rest(self, resting: bool) -> None:
+        """While the run pauses, hold little and do nothing; the next update makes what it needs."""
+        self.method.release()
+        self._meter.rest(resting)
 
     def request_stop(self) -> bool:
         """End the run after the update that is being made, with its adapter saved.
@@ -141,8 +142,8 @@ class Trainer:
         Raises:
             BudgetError: they need more than the budget, or than is free.
         """
-        if self._guard is not None:
-            self._guard.admit(lengths)
+        if self.guard is not None:
+            self.guard.admit(lengths)
         self.method.reserve(self.model, sum(lengths), max(lengths))
 
     def update(self, batches: list[Batch], step: int) -> Update:
@@ -161,9 +162,9 @@ class Trainer:
             BudgetError: a batch needs more than the budget, or than is free; nothing was done.
             ModelError: a weight file changed since the model was loaded.
         """
-        if self._guard is not None:
+        if self.guard is not None:
             for lengths in {batch.lengths for batch in batches}:
-                self._guard.admit(lengths)
+                self.guard.admit(lengths)
         n_tokens = sum(batch.n_tokens for batch in batches)
 
         def run(sink: GradSink) -> float:
@@ -206,7 +207,7 @@ class Trainer:
         run = _Run(train, valid, run_dir, observer, history)
         try:
             run_dir.save(self.adapter, 0)
-            with MemoryMeter() as meter:
+            with self._meter as meter:
                 try:
                     self._steps(run, meter)
                 except KeyboardInterrupt:
@@ -235,8 +236,8 @@ class Trainer:
             self._updating = False
             run_dir.confirm()
             observer.on_step(report)
-            if self._guard is not None:
-                self._guard.check(report.peak_anon_bytes)
+            if self.guard is not None:
+                self.guard.check(report.peak_anon_bytes)
             if self._stop_requested:
                 raise KeyboardInterrupt
             if step % s.steps_per_eval == 0 or step == self.iters:

@@ -117,9 +117,12 @@ def test_unpacking_is_planned(storage: str) -> None:
         {"optimizer_state": "8bit"},
         {"optimizer_state": "8bit", "adapter_dtype": "bfloat16"},
         {"optimizer": "sgd", "momentum": 0.9, "optimizer_state": "bfloat16"},
+        {"optimizer": "lion"},
+        {"optimizer": "lion", "optimizer_state": "8bit"},
+        {"optimizer": "adafactor"},
     ],
 )
-def test_lossy_state_takes_what_is_planned(model: Path, given: dict[str, Any]) -> None:
+def test_state_takes_what_is_planned(model: Path, given: dict[str, Any]) -> None:
     """5% or 4 MB, which is less than what each of the settings saves."""
     settings = {"optimizer": "adamw", "lora_r": 64, **given}
     plan = lt.plan(model=str(model), max_seq_length=64, **settings)

@@ -32,6 +32,7 @@ from .recipe import check_recipe
 from .run_dir import RunDir, check_output, check_space, made_directory
 from .schedule import Schedule, updates_of
 from .settings import DataSettings, ModelSettings, TrainSettings, check_step
+from .stopping import check_stopping
 from .watch import watched
 
 
@@ -76,11 +77,8 @@ def train(
         train_set = TokenDataset.open(report.splits["train"].path)
         valid = report.splits.get("valid")
         valid_set = None if valid is None else TokenDataset.open(valid.path)
-        if valid_set is None and settings.early_stopping_patience is not None:
-            raise ConfigError(
-                "--early-stopping-patience counts validations, and there is no validation data. "
-                "Give --valid-data or --valid-records."
-            )
+        iters = updates_of(settings, batches_in_pass(settings, train_set))
+        check_stopping(settings, iters, valid_set is not None)
         fitting, guard = within_budget(
             settings,
             model,
@@ -88,7 +86,6 @@ def train(
             accumulates=settings.accumulates,
         )
         method = get_method(settings.method, fitting)
-        iters = updates_of(settings, batches_in_pass(settings, train_set))
         trainer = Trainer(model, adapter, method, replace(settings, iters=iters), guard)
         observer.on_start(iters)
         with closing(RunDir(directory, settings, settings.model)) as run_dir:

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
+
+from lowtide.errors import ConfigError
 
 from .recipe import RecipeSettings
+
+if TYPE_CHECKING:
+    from .settings import TrainSettings
 
 
 class EarlyStopping:
@@ -40,3 +46,31 @@ class EarlyStopping:
     def due(self) -> bool:
         """Whether the run should end."""
         return self._patience is not None and self.waited >= self._patience
+
+
+def check_stopping(settings: TrainSettings, iters: int, validates: bool) -> None:
+    """Refuse patience that could never end the run.
+
+    Args:
+        settings: of the run.
+        iters: updates it will make.
+        validates: whether there is validation data.
+
+    Raises:
+        ConfigError: says what is missing.
+    """
+    patience = settings.early_stopping_patience
+    if patience is None:
+        return
+    if not validates:
+        raise ConfigError(
+            "--early-stopping-patience counts validations, and there is no validation data. "
+            "Give --valid-data or --valid-records."
+        )
+    before_the_end = (iters - 1) // settings.steps_per_eval
+    if before_the_end < patience:
+        raise ConfigError(
+            f"--early-stopping-patience {patience} could never end this run: of its {iters} "
+            f"updates, validations after the first come every {settings.steps_per_eval} "
+            f"(--steps-per-eval), {before_the_end} before the end. Lower either."
+        )

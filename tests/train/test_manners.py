@@ -18,8 +18,9 @@ import small
 from runs import train
 
 from lowtide.train import looking, manners
+from lowtide.train.history import StepReport
 from lowtide.train.looking import MannerSettings
-from lowtide.train.loop import StepReport, Trainer
+from lowtide.train.loop import Trainer
 from lowtide.train.manners import Manners
 from lowtide.train.observers import Quiet
 
@@ -62,6 +63,11 @@ def send(number: int) -> Callable[[], None]:
 
 def nothing() -> None:
     pass
+
+
+def resting(told: list[Any]) -> Any:
+    """A trainer that tells when it rests."""
+    return SimpleNamespace(rest=told.append, stop=SimpleNamespace(requested=False))
 
 
 @pytest.mark.parametrize("given", [{}, {"keep_blocks": 1, "recompute_h": False}])
@@ -174,7 +180,7 @@ def test_heat_pauses_until_it_is_five_degrees_cooler(
     told: list[Any] = []
     system = system_with(tmp_path, celsius=80)
     polite = Manners(
-        MannerSettings(max_temperature=80), told.append, told.append, system, sensors_s=0
+        MannerSettings(max_temperature=80), told.append, resting(told), system, sensors_s=0
     )
     polite.on_step(ANY)
     assert told == []  # not hotter than the limit
@@ -194,7 +200,7 @@ def test_the_battery_pauses_until_the_plug_is_back(
 ) -> None:
     told: list[Any] = []
     polite = Manners(
-        MannerSettings(pause_on_battery=True), told.append, told.append,
+        MannerSettings(pause_on_battery=True), told.append, resting(told),
         system_with(tmp_path, online=1), sensors_s=0,
     )  # fmt: skip
     polite.on_step(ANY)
@@ -211,7 +217,7 @@ def test_an_update_pays_for_no_reading(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(manners, "temperature_c", lambda system: asked.append("heat"))
     polite = Manners(
         MannerSettings(pause_on_battery=True, max_temperature=80), lambda reason: None,
-        lambda resting: None,
+        resting([]),
     )  # fmt: skip
     for _ in range(1000):
         polite.on_step(ANY)

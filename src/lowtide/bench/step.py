@@ -22,7 +22,8 @@ from lowtide.model.decoder import Decoder
 from lowtide.model.flops import step_flops
 from lowtide.ops.products import product_
 from lowtide.train.budget import within_budget
-from lowtide.train.loop import StepReport, Trainer, measured_update
+from lowtide.train.history import StepReport
+from lowtide.train.loop import Trainer, measured_update
 from lowtide.train.optim import OPTIMIZERS
 from lowtide.train.run import check_length, open_model
 from lowtide.train.settings import ModelSettings, StepSettings, TrainSettings, check_step

@@ -12,8 +12,9 @@ from typing import Any
 
 from lowtide.device import SYS, Paced, on_battery, temperature_c
 
+from .history import StepReport
 from .looking import COOLER_BY_C, MannerSettings
-from .loop import StepReport
+from .loop import Trainer
 from .observers import Quiet
 
 PAUSE, GO_ON = signal.SIGUSR1, signal.SIGUSR2
@@ -31,7 +32,7 @@ class Manners(Quiet):
         self,
         settings: MannerSettings,
         tell: Callable[[str | None], None],
-        rest: Callable[[bool], None],
+        trainer: Trainer,
         system: Path = SYS,
         sensors_s: float = _SENSORS_S,
     ) -> None:
@@ -40,11 +41,11 @@ class Manners(Quiet):
         Args:
             settings: when to pause.
             tell: hears the reason of a pause, and None when the run goes on.
-            rest: called with True before a pause and with False after it.
+            trainer: gives memory back for a pause, which ends when the run is asked to.
             system: where the device tells of itself.
             sensors_s: seconds between readings.
         """
-        self._settings, self._tell, self._rest = settings, tell, rest
+        self._settings, self._tell, self._trainer = settings, tell, trainer
         self._asked = self._hot = False
         self._battery = Paced(lambda: on_battery(system), sensors_s)
         self._heat = Paced(lambda: temperature_c(system), sensors_s)
@@ -68,16 +69,14 @@ class Manners(Quiet):
     def on_step(self, report: StepReport) -> None:
         """Pause while there is a reason to."""
         reason = self._reason()
-        if reason is None:
+        if reason is None or self._trainer.stop.requested:
             return
         self._tell(reason)
-        self._rest(True)
-        try:
-            while self._reason() is not None:
-                time.sleep(_POLL_S)
-        finally:
-            self._rest(False)
-            self._tell(None)
+        self._trainer.rest(True)
+        while self._reason() is not None and not self._trainer.stop.requested:
+            time.sleep(_POLL_S)
+        self._trainer.rest(False)
+        self._tell(None)
 
     def _reason(self) -> str | None:
         """Why to pause now."""

@@ -9,8 +9,9 @@ from lowtide.data.prompts import Interpreter
 from lowtide.errors import DataError, LowtideError, LowtideWarning
 from lowtide.infer.generate import generate
 
+from .history import StepReport
 from .looking import SAMPLE_TOKENS
-from .loop import StepReport, Trainer
+from .loop import Trainer
 from .observers import Quiet, Sample
 
 
@@ -48,7 +49,8 @@ class Sampler(Quiet):
 
     def on_step(self, report: StepReport) -> None:
         """Answer, when it is time, and after the last update."""
-        if report.step % self._every == 0 or report.step == self._trainer.settings.iters:
+        due = report.step % self._every == 0 or report.step == self._trainer.iters
+        if due and not self._trainer.stop.requested:
             self.answer(report.step)
 
     def answer(self, step: int) -> None:

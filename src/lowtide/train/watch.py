@@ -14,11 +14,13 @@ from lowtide.environment import environment
 from lowtide.runs.processes import process_identity
 from lowtide.weights.checkpoint import dtype_name
 
-from .loop import Trainer, TrainResult
+from .history import TrainResult
+from .loop import Trainer
 from .manners import Manners
 from .observers import RunObserver, Several
+from .output import METRICS_FILE
 from .record import Recorder
-from .run_dir import METRICS_FILE, RunDir
+from .run_dir import RunDir
 from .samples import Sampler
 
 
@@ -75,7 +77,7 @@ def watched(
         interpreter = Interpreter(tokenizer, settings.chat_template)
         sampler = Sampler(trainer, interpreter, watchers.on_sample)
         others.append(sampler)
-    manners = Manners(settings, watchers.on_pause, trainer.rest)
+    manners = Manners(settings, watchers.on_pause, trainer)
     others.append(manners)  # last: a pause comes after all that an update leads to
     with recorder, manners:
         if sampler is not None and not settings.resume:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from lowtide.errors import ConfigError
@@ -41,6 +42,14 @@ class EarlyStopping:
             self.best, self.waited = loss, 0
         else:
             self.waited += 1
+
+    def state(self) -> dict[str, float]:
+        """What `go_on` takes; empty before the first validation."""
+        return {} if math.isinf(self.best) else {"best": self.best, "waited": self.waited}
+
+    def go_on(self, state: Mapping[str, float]) -> None:
+        """Count on from an earlier sitting of the run."""
+        self.best, self.waited = state.get("best", math.inf), int(state.get("waited", 0))
 
     @property
     def due(self) -> bool:

@@ -106,9 +106,9 @@ def _is_intel() -> bool:
 
 
 def _works() -> bool:
-    x = torch.ones(2, 2)
+    x = torch.ones(2, 2, device="cpu")
     try:
-        return torch.equal(_onednn(x, x), torch.full((2, 2), 2.0))
+        return torch.equal(_onednn(x, x), torch.full((2, 2), 2.0, device="cpu"))
     except (AttributeError, RuntimeError, TypeError):
         return False
 
@@ -124,6 +124,9 @@ def _worthwhile(x: Tensor, w_t: Tensor) -> bool:
         and x.device.type == "cpu"
         and x.shape[0] >= _FEWEST_ROWS
         and w_t.shape[1] >= _FEWEST_COLUMNS
+        # For other layouts oneDNN has only loops for reference, 700 times as slow.
+        and x.stride(1) == 1
+        and (w_t.is_contiguous() or w_t.t().is_contiguous())
         and onednn_is_faster()
     )
 

@@ -211,7 +211,7 @@ class Trainer:
         train, valid, run_dir, observer, _ = run
         s = self.settings
         self.reserve(largest_batch(s, train, valid))
-        if self._first == 1:
+        if run_dir.saved_step is None:
             self._validate(run)
             self._save(run)
         elif self._validation_due(self._first - 1) and self._validate(run):

@@ -9,7 +9,7 @@ from typing import Any
 
 from lowtide.config import did_you_mean, setting
 from lowtide.data.census import DataCheck, SplitCheck
-from lowtide.data.prepare import ask
+from lowtide.data.prepare import ask_child
 from lowtide.errors import ConfigError
 from lowtide.train.recipe import MAX_BATCH
 from lowtide.train.rehearsal import EpochTime, time_epoch
@@ -57,7 +57,8 @@ def run(argv: Sequence[str]) -> int:
     check_step(settings)
     model = open_model(settings)
     check_length(model, settings.max_seq_length)
-    found = DataCheck.from_dict(ask(data_request(settings, model, settings.data, task="census")))
+    request = data_request(settings, model, settings.data)
+    found = DataCheck.from_dict(ask_child("census", request.to_json(), "splits"))
     for name, split in found.splits.items():
         for line in _split_lines(name, split, settings.max_seq_length, _block(output)):
             output.say(line)

@@ -1,11 +1,12 @@
 """What is in a data set, for people: counted in one pass, in bounded memory, and nothing is kept.
 
-It runs in the child that tokenises (`lowtide.data.worker`). Lengths are counted, not listed, and
+It runs in a child of its own (`lowtide.data.child`). Lengths are counted, not listed, and
 duplicates found by digests in an unnamed file (`lowtide.data.overlap`).
 """
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -132,6 +133,18 @@ def census(request: PrepareRequest) -> DataCheck:
         if name != "train" and "train" in sources
     }
     return DataCheck(splits, overlaps, [] if mismatch is None else [mismatch])
+
+
+def answer(request: str) -> str:
+    """The JSON answer to a JSON request.
+
+    Args:
+        request: what `PrepareRequest.to_json` wrote.
+
+    Returns:
+        What `DataCheck.from_dict` reads.
+    """
+    return json.dumps(census(PrepareRequest.from_json(request)).to_dict())
 
 
 def _sources(request: PrepareRequest) -> dict[str, Path]:

@@ -48,10 +48,8 @@ class PrepareRequest:
     """Validation data from elsewhere; wins over the data directory's own valid split."""
     valid_records: int = 0
     """Where there is no validation data, hold out this many records or windows at the end."""
-    task: Literal["prepare", "census", "sample"] = "prepare"
-    """census and sample keep nothing; see the modules of those names."""
     sampled: int = 0
-    """How many records `sample` takes."""
+    """How many records `lowtide.data.sample` takes."""
     builder: str = field(default_factory=lambda: token_hex(8))
     """What the child calls its unfinished work, which the parent removes if the child cannot."""
 
@@ -150,42 +148,47 @@ def prepare(request: PrepareRequest) -> PrepareReport:
             LowtideError itself, with the child's last words, where it died.
         KeyboardInterrupt: Ctrl-C; the child has ended and left nothing half written.
     """
-    report = PrepareReport.from_dict(ask(request))
+    try:
+        answer = ask_child("worker", request.to_json(), "splits")
+    finally:
+        remove_unfinished(request.cache, request.builder)
+    report = PrepareReport.from_dict(answer)
     for text in report.warnings:
         warnings.warn(text, LowtideWarning, stacklevel=2)
     return report
 
 
-def ask(request: PrepareRequest) -> dict[str, Any]:
-    """Have a request served by a child process.
+def ask_child(worker: str, request: str, expected: str) -> dict[str, Any]:
+    """Let a process that lasts as long as one request do what needs a tokenizer.
 
     Args:
-        request: What to do.
+        worker: its module in `lowtide.data`.
+        request: JSON.
+        expected: a key that every good answer has.
 
     Returns:
-        Its answer, as JSON carries it.
+        The answer.
 
     Raises:
-        LowtideError: As `prepare`.
-        KeyboardInterrupt: As `prepare`.
+        LowtideError: Of the kind that the child raised, such as DataError for a bad record; or
+            LowtideError itself, with the child's last words, where it died.
+        KeyboardInterrupt: Ctrl-C; the child has ended.
     """
     # -P: neither the script's directory nor the working directory is searched for modules, so a
     # file named random.py there does no harm.
-    command = [sys.executable, "-P", str(Path(__file__).with_name("child.py"))]
+    command = [sys.executable, "-P", str(Path(__file__).with_name("child.py")), worker]
     pipe = subprocess.PIPE
     child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
     try:
-        out, err = child.communicate(request.to_json().encode("utf-8"))
+        out, err = child.communicate(request.encode("utf-8"))
     except BaseException:
         child.kill()
         child.wait()
         raise
-    finally:
-        remove_unfinished(request.cache, request.builder)
-    return _answer(child.returncode, out, err)
+    return _answer(child.returncode, out, err, expected)
 
 
-def _answer(returncode: int, out: bytes, err: bytes) -> dict[str, Any]:
+def _answer(returncode: int, out: bytes, err: bytes, expected: str) -> dict[str, Any]:
     try:
         answer = json.loads(out)
     except ValueError:
@@ -194,7 +197,7 @@ def _answer(returncode: int, out: bytes, err: bytes) -> dict[str, Any]:
         raise KeyboardInterrupt  # Ctrl-C reaches both, and the child may be the first to end
     if isinstance(answer, dict) and "error" in answer:
         raise KINDS.get(answer["error"], LowtideError)(answer["message"])
-    if returncode == 0 and isinstance(answer, dict) and answer:
+    if returncode == 0 and isinstance(answer, dict) and expected in answer:
         return answer
     lines = err.decode("utf-8", "replace").strip().splitlines()[-_STDERR_LINES:]
     ending = f"ended with code {returncode}"
@@ -203,4 +206,4 @@ def _answer(returncode: int, out: bytes, err: bytes) -> dict[str, Any]:
         if returncode == -signal.SIGKILL:
             ending += ", which is how a system that is out of memory ends a process"
     said = "Its last words:\n  " + "\n  ".join(lines) if lines else "It said nothing."
-    raise LowtideError(f"the process that tokenises the data {ending}. {said}")
+    raise LowtideError(f"the process that runs the tokenizer {ending}. {said}")

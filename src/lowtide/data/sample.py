@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
@@ -32,12 +33,23 @@ class Shown:
     runs: list[tuple[bool, str]]
 
 
-def sample(request: PrepareRequest, count: int) -> list[dict[str, Any]]:
+def answer(request: str) -> str:
+    """The JSON answer to a JSON request.
+
+    Args:
+        request: what `PrepareRequest.to_json` wrote.
+
+    Returns:
+        {"records": [...]}, each a `Shown`.
+    """
+    return json.dumps({"records": sample(PrepareRequest.from_json(request))})
+
+
+def sample(request: PrepareRequest) -> list[dict[str, Any]]:
     """Tokenise the first records that can be trained on, and keep nothing.
 
     Args:
-        request: Of which data, and how.
-        count: How many records.
+        request: Of which data, how, and how many records.
 
     Returns:
         `Shown` records as JSON can hold them.
@@ -53,7 +65,7 @@ def sample(request: PrepareRequest, count: int) -> list[dict[str, Any]]:
     else:
         encoded = encoder.encode_all(iter_records(source, request.features))
     usable = (one for one in encoded if one.trained_tokens)
-    return [asdict(_shown(tokenizer, one)) for one in islice(usable, count)]
+    return [asdict(_shown(tokenizer, one)) for one in islice(usable, request.sampled)]
 
 
 def _shown(tokenizer: Tokenizer, one: Encoded) -> Shown:

@@ -1,15 +1,8 @@
-"""The child process of `lowtide.data.prepare`: a JSON request on stdin, a JSON answer on stdout.
-
-The answer is the report, or {"error": kind, "message": text} for an error with a remedy. Anything
-else that goes wrong ends the process with a traceback on stderr, which the parent passes on.
-"""
+"""What the child process of `lowtide.data.prepare` does: tokenise a data set into caches."""
 
 from __future__ import annotations
 
-import json
-import os
 import resource
-import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -19,18 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from lowtide.data.cache import CacheWriter, TokenDataset
-from lowtide.data.census import census
 from lowtide.data.encode import Encoded, Encoder
 from lowtide.data.files import require_split, resolve_split
 from lowtide.data.formats import iter_records
 from lowtide.data.keys import source_parts, status_of, tokenizer_parts
 from lowtide.data.overlap import overlap_warning
 from lowtide.data.prepare import PrepareReport, PrepareRequest, SplitReport
-from lowtide.data.sample import sample
 from lowtide.data.store import TokenStore, key_of
 from lowtide.data.text import EmptyDataError, iter_plain
 from lowtide.data.tokenizer import Tokenizer
-from lowtide.errors import ConfigError, DataError, LowtideError
+from lowtide.errors import ConfigError, DataError
 
 _MAIN, _HELD = "tokens.safetensors", "held.safetensors"
 
@@ -242,14 +233,6 @@ class _Split:
         }
 
 
-def _served(request: PrepareRequest) -> str:
-    if request.task == "census":
-        return json.dumps(census(request).to_dict())
-    if request.task == "sample":
-        return json.dumps({"records": sample(request, request.sampled)})
-    return run(request).to_json()
-
-
 def _peak_bytes() -> int:
     """The most memory that this process had; getrusage would count its parent's before the exec."""
     try:
@@ -259,24 +242,13 @@ def _peak_bytes() -> int:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
 
 
-def main() -> int:
-    """Serve one request.
+def answer(request: str) -> str:
+    """The JSON answer to a JSON request.
+
+    Args:
+        request: what `PrepareRequest.to_json` wrote.
 
     Returns:
-        The exit code: 0, or 1 after an error with a remedy.
+        What `PrepareReport.from_dict` reads.
     """
-    # Whatever a library prints must not mix with the answer.
-    answer_to = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    request = PrepareRequest.from_json(sys.stdin.buffer.read().decode("utf-8"))
-    try:
-        answer, code = _served(request), 0
-    except LowtideError as error:
-        answer, code = json.dumps({"error": error.kind, "message": str(error)}), 1
-    with answer_to:
-        answer_to.write(answer)
-    return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return run(PrepareRequest.from_json(request)).to_json()

@@ -12,7 +12,7 @@ import torch
 
 from lowtide.config import build
 from lowtide.data.files import require_split, resolve_split
-from lowtide.data.prepare import PrepareRequest, ask
+from lowtide.data.prepare import PrepareRequest, ask_child
 from lowtide.data.sample import Shown
 from lowtide.memory.measure import MemoryMeter
 from lowtide.memory.plan import PLANNED, predict
@@ -89,7 +89,8 @@ def rehearse(
         DataError: the sample cannot be used.
         TrainingError: the loss is not finite.
     """
-    answer = ask(replace(request, task="sample", sampled=_SAMPLED))
+    request = replace(request, sampled=_SAMPLED)
+    answer = ask_child("sample", request.to_json(), "records")
     shown = [Shown(**{**one, "runs": [tuple(run) for run in one["runs"]]})
              for one in answer["records"]]  # fmt: skip
     lengths = filled(settings.max_seq_length, settings.max_seq_length * settings.batch_size)

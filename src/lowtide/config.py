@@ -35,6 +35,8 @@ class Rule:
     """Text must not be empty."""
     listed: bool = False
     """Text that may come as a list, which is joined by commas."""
+    mapped: bool = False
+    """Text that may come as a mapping, which becomes `key=value` pairs joined by commas."""
     elsewhere: Mapping[str, str] = field(default_factory=dict)
     """What other programs call a choice -> what to give here; used in suggestions only."""
     metavar: str | None = None
@@ -94,6 +96,9 @@ ELSEWHERE = {
     "r": "lora_r",
     "alpha": "lora_alpha",
     "dropout": "lora_dropout",
+    "dora": "use_dora",
+    "rslora": "use_rslora",
+    "lora_layers": "num_layers",
     "steps": "iters",
     "max_steps": "iters",
     "max_length": "max_seq_length",
@@ -174,6 +179,8 @@ def _converted(value: Any, base: type, rule: Rule) -> Any:
         return str(value)
     if base is str and rule.listed and isinstance(value, list | tuple):
         return ",".join(map(str, value))
+    if base is str and rule.mapped and isinstance(value, Mapping):
+        return ",".join(f"{key}={one}" for key, one in value.items())
     return value
 
 
@@ -287,6 +294,8 @@ def _metavar(base: type, rule: Rule) -> str:
         return "|".join(rule.choices)
     if rule.listed:
         return "LIST"
+    if rule.mapped:
+        return "KEY=VALUE,..."
     return "PATH" if rule.filled else {int: "N", float: "X"}.get(base, "TEXT")
 
 

@@ -32,7 +32,7 @@ from lowtide.model.reference import (
 )
 from lowtide.model.workspace import Workspace
 from lowtide.ops.attention import Heads
-from lowtide.ops.dora import row_norms
+from lowtide.ops.dora import row_norms_
 from lowtide.ops.frozen import matmul_, matmul_t_
 from lowtide.weights.matrix import StoredMatrix
 
@@ -77,7 +77,12 @@ def lean_kernels(tile: Tensor) -> Kernels:
         y: Tensor = _FrozenProduct.apply(x, weight, tile)  # type: ignore[no-untyped-call]  # torch does not type it
         return y
 
-    return Kernels(product, _fused_attention, row_norms)
+    def norms(weight: StoredMatrix, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        found = a.new_empty(weight.shape[0])
+        row_norms_(found, weight, a, b, scale, tile)
+        return found
+
+    return Kernels(product, _fused_attention, norms)
 
 
 class Mebp:

@@ -14,6 +14,7 @@ from lowtide.model.block import Block, block_backward
 from lowtide.model.decoder import Decoder
 from lowtide.model.forward import blocks_forward, embed, loss_backward_, loss_forward
 from lowtide.model.kept import KeptBlocks
+from lowtide.model.row_norms import RowNorms
 from lowtide.model.stored_h import StoredH
 
 from .base import GradSink, Step, require_finite
@@ -77,8 +78,6 @@ def structured_step(
         TrainingError: the loss is not finite; no gradient has reached the sink.
     """
 
-    norms: dict[tuple[int, str], Tensor] = {}  # of DoRA; the adapter is the same in the backward
-
     def block_of(layer: int, *, backward: bool) -> Block:
         own = adapter if stored_h is None else stored_h.on(adapter, ready=backward)
         return model.block(layer, own, step.dropout_seed, norms)
@@ -86,6 +85,7 @@ def structured_step(
     num_layers = model.spec.num_layers
     kept = kept_inputs(layers)
     ws, all_rows = buffers.for_batch(model, batch, 2 + len(kept))
+    norms = RowNorms(adapter, ws.tile)  # the adapter is the same in the backward
     rows = all_rows.unbind()
     inputs = places(rows, num_layers, kept)
     at = model.positions(batch.lengths)
@@ -136,6 +136,7 @@ def structured_losses(
     ws, rows = buffers.for_batch(model, batch, 2)
     inputs = places(rows.unbind(), model.spec.num_layers, ())
     embed(model, batch.ids, inputs[0])
-    blocks = (model.block(i, adapter, dropout_seed) for i in range(model.spec.num_layers))
+    norms = RowNorms(adapter, ws.tile)
+    blocks = (model.block(i, adapter, dropout_seed, norms) for i in range(model.spec.num_layers))
     x = blocks_forward(blocks, inputs, model.positions(batch.lengths), ws)
     return loss_forward(model, x, batch, ws)

@@ -62,7 +62,9 @@ def train(
     check_output(directory, settings.overwrite)
     model = open_model(settings)
     check_length(model, settings.max_seq_length)
-    adapter = Adapter.create(model, settings.lora_config(), settings.seed, settings.rounded_dtype)
+    adapter = Adapter.create(
+        model, settings.lora_config(model.spec), settings.seed, settings.rounded_dtype
+    )
     check_space(directory, adapter)
     Groups(settings, adapter.parameters)  # refuses names that no parameter has
     observer.on_model(model, adapter)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from lowtide.errors import ConfigError, listed
+from lowtide.settings_file import read_yaml
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Rule:
     """What other programs call a choice -> what to give here; used in suggestions only."""
     metavar: str | None = None
     """What `--help` shows for the value, where the type does not say."""
+    changeable: bool = False
+    """Whether a resumed run may have another value and still be the same run."""
 
 
 def setting(default: Any = MISSING, **rule: Any) -> Any:
@@ -316,56 +319,21 @@ def _shown(default: Any) -> str:
     return words[default] if default is None or isinstance(default, bool) else str(default)
 
 
-def from_command_line(kind: type[S], parsed: argparse.Namespace) -> S:
-    """Settings from the `--config` file and the flags, which win.
+def given_values(parsed: argparse.Namespace) -> dict[str, Any]:
+    """What the `--config` file and the flags, which win, say; defaults are not among them.
 
     Args:
-        kind: the settings dataclass.
         parsed: what the parser of `parser_for` returned.
 
     Returns:
-        The settings.
+        Values by field name.
 
     Raises:
-        ConfigError: the file cannot be read, or `build` refuses a value.
+        ConfigError: the file cannot be read.
     """
     given = dict(vars(parsed))
     given.pop("json")
     path = given.pop("config")
     from_file = read_yaml(Path(path)) if path is not None else {}
     normal = {str(key).replace("-", "_"): value for key, value in from_file.items()}
-    return build(kind, {**normal, **given})
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The mapping; empty for an empty file.
-
-    Raises:
-        ConfigError: the file is missing, not YAML, or not a mapping.
-    """
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"--config {path}: there is no such file.") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"--config {path} cannot be read as YAML: {error}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"--config {path} holds {type(content).__name__}; expected key: value.")
-    return content
-
-
-def to_yaml(settings: Any) -> str:
-    """The settings as YAML that `--config` reads back."""
-    import yaml
-
-    return str(yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False, allow_unicode=True))
+    return {**normal, **given}

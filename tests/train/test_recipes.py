@@ -127,6 +127,15 @@ def test_patience_without_validation_data_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_patience_that_no_validation_can_end_is_refused(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    given = {"valid_data": data, "early_stopping_patience": 3, "steps_per_eval": 2}
+    with pytest.raises(ConfigError, match=r"come every 2 \(--steps-per-eval\), 2 before the end"):
+        train(model, data, tmp_path / "out", iters=6, **given)
+    train(model, data, tmp_path / "out", iters=7, **given)
+
+
 @pytest.mark.parametrize(
     ("given", "part"),
     [

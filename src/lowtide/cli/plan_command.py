@@ -79,7 +79,7 @@ def _about_the_optimizer(settings: PlanSettings, work: Workload) -> list[str]:
     else:
         applied = (
             "the optimiser is applied in the backward, to each gradient as it comes; summing them "
-            f"first (--grad-accumulation-steps, --max-grad-norm) takes {gradients} more"
+            f"first (--grad-accumulation-steps, --clip-mode accumulate) takes {gradients} more"
         )
     in_use = f"in use: --optimizer-state {settings.optimizer_state}"
     in_use += f" --adapter-dtype {settings.adapter_dtype}, optimiser {held}"

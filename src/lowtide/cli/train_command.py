@@ -6,17 +6,19 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from shlex import quote
 
+from lowtide.config import given_values, parser_for
 from lowtide.data.prepare import PrepareReport
 from lowtide.infer.evaluate import Evaluation
 from lowtide.model.adapter import Adapter
 from lowtide.model.decoder import Decoder
 from lowtide.model.spec import ModelSpec
-from lowtide.train.loop import StepReport, TrainResult
+from lowtide.train.history import StepReport, TrainResult
 from lowtide.train.observers import Quiet
+from lowtide.train.resume import Resumption, settle
 from lowtide.train.run import train
 from lowtide.train.settings import TrainSettings
 
-from .output import Output, count, duration, megabytes, settings_of
+from .output import Output, count, duration, megabytes
 
 _DESCRIPTION = (
     "Fine-tune a LoRA adapter. Writes PEFT's adapter_model.safetensors and adapter_config.json, "
@@ -26,7 +28,8 @@ _DESCRIPTION = (
 
 def run(argv: Sequence[str]) -> int:
     """Train; exit code 130 when interrupted, with the adapter saved."""
-    settings, output = settings_of(TrainSettings, "train", _DESCRIPTION, argv)
+    parsed = parser_for(TrainSettings, "lowtide train", _DESCRIPTION).parse_strictly(argv)
+    settings, output = settle(given_values(parsed)), Output(parsed.json)
     output.goes_on = True  # a closed terminal or pipe must not cost a long run
     progress = Progress(settings, output)
     try:
@@ -50,7 +53,17 @@ class Progress(Quiet):
         self._bar: _Bar | None = None
         self._iters = 0
         self._wall = 0.0
+        self._first = 1
         self._recent: list[StepReport] = []
+
+    def on_resume(self, resumption: Resumption) -> None:
+        """Say where the run goes on, and what is no longer as it was."""
+        for text in resumption.damaged:
+            self._output.say(f"damaged  {text}; the one before is used")
+        self._output.say(f"resumed  {resumption.checkpoint.directory}")
+        for text in resumption.changes:
+            self._output.say(f"changed  {text}")
+        self._first = resumption.step + 1
 
     def on_model(self, model: Decoder, adapter: Adapter) -> None:
         """Say what is trained."""
@@ -73,6 +86,8 @@ class Progress(Quiet):
     def on_start(self, iters: int) -> None:
         """Set up the bar, where there is a terminal."""
         self._iters = iters
+        if self._first > iters:
+            self._output.say(f"all {iters} updates are made; --iters or --epochs goes on")
         if self._output.stream.isatty():
             self._bar = _Bar(iters, self._output)
 
@@ -80,11 +95,12 @@ class Progress(Quiet):
         """Advance the bar, or print a line now and then."""
         self._wall += report.wall_s
         self._recent.append(report)
-        left = (self._iters - report.step) * self._wall / report.step
+        made = report.step - self._first + 1
+        left = (self._iters - report.step) * self._wall / made
         due = report.step % self._settings.steps_per_report == 0
         if self._bar is not None:
             self._bar.advance(report, left)
-        elif due or report.step in (1, self._iters):
+        elif due or report.step in (self._first, self._iters):
             loss = sum(r.loss * r.n_tokens for r in self._recent) / sum(
                 r.n_tokens for r in self._recent
             )
@@ -110,12 +126,12 @@ class Progress(Quiet):
         )
 
     def on_save(self, step: int) -> None:
-        """Print where the adapter went."""
-        self._output.say(f"step {step}: adapter saved to {self._settings.adapter_path}")
+        """Print where the checkpoint went."""
+        self._output.say(f"step {step}: saved to {self._settings.adapter_path}")
 
     def on_stopping(self) -> None:
-        """Say that Ctrl-C was heard."""
-        self._output.say("\nfinishing this update, then saving; Ctrl-C again stops at once")
+        """Say that a signal was heard."""
+        self._output.say("\nfinishing this update, then saving; once more stops at once")
 
     def close(self) -> None:
         """Take the bar off the terminal."""

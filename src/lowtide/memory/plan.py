@@ -20,6 +20,7 @@ from lowtide.model.kept import kept_elements
 from lowtide.model.spec import ModelSpec
 from lowtide.model.workspace import Workspace, mlp_tile_width, score_capacity
 from lowtide.ops.attention import allocated_elements, self_segments
+from lowtide.ops.products import KERNEL_BYTES, kernels, scratch_bytes
 from lowtide.train.optim import OPTIMIZERS, Held
 from lowtide.train.states import master_bytes
 from lowtide.weights.storages import STORAGES
@@ -28,8 +29,9 @@ from .adapters import AdapterShape
 
 KINDS = (
     "adapter", "optimizer", "gradients", "block inputs", "kept blocks", "stored h", "row norms",
-    "buffers", "intermediates", "model", "libraries",
+    "buffers", "intermediates", "model", "kernels", "libraries",
 )  # fmt: skip
+_ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 PLANNED = ("mesp", "lcsb", "mezo")
 """Methods whose memory is planned; the others' is autograd's to decide."""
 _LIBRARIES = 3_000_000
@@ -136,6 +138,7 @@ def predict(work: Workload, options: MethodOptions) -> Plan:
     if options.block_inputs == "file":
         by_kind["block inputs"] = 0
     by_kind["buffers"] = _workspace_bytes(work, options)
+    by_kind["kernels"] = _kernel_bytes(work, options, backward)
     by_kind["libraries"] = _LIBRARIES
     return Plan(options, {kind: by_kind[kind] for kind in KINDS})
 
@@ -173,6 +176,30 @@ def _workspace_bytes(work: Workload, options: MethodOptions) -> int:
         recomputes=options.keep_blocks < work.shape.trained_blocks,
         apart=work.config.use_dora,
     )
+
+
+def _kernel_bytes(work: Workload, options: MethodOptions, backward: bool) -> int:
+    """What the product library keeps for each shape of a product, and one result on its way."""
+    spec, tokens, hidden = work.spec, work.tokens, work.spec.hidden_size
+    if work.dtype != torch.float32:
+        return 0
+    width = mlp_tile_width(spec, tokens, options.tiles)
+    # As in training on text; with fewer labels the loss has fewer or other shapes.
+    labelled = tokens - len(work.lengths)
+    products = [(role, tokens, *spec.role_shape(role)) for role in _ROLES]
+    products.append(("head", labelled, spec.vocab_size, hidden))
+    shapes: set[tuple[object, ...]] = set()
+    for role, rows, out, inner in products:
+        tiled, other = (inner, out) if role == "down" else (out, inner)
+        apart = role not in ("gate", "up", "down", "head")  # dy is a slice of a whole matrix
+        for size in {min(width, tiled), tiled % width} - {0}:
+            to_tile = {(m, other, size) for m in kernels(rows, size)}
+            from_tile = {(m, size, other) for m in kernels(rows, other)}
+            first, second = (from_tile, to_tile) if role == "down" else (to_tile, from_tile)
+            shapes |= {("x W^T", *shape) for shape in first}
+            if backward:
+                shapes |= {("dy W", apart and size < out, *shape) for shape in second}
+    return KERNEL_BYTES * len(shapes) + scratch_bytes(tokens, hidden, work.dtype)
 
 
 def _unpacking_bytes(work: Workload, options: MethodOptions) -> int:

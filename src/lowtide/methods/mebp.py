@@ -107,7 +107,7 @@ class Mebp:
         """See `Method.step`."""
         ws, inputs = self._buffers.for_batch(model, batch, model.spec.num_layers + 1)
         seed = step.dropout_seed
-        kernels = lean_kernels(ws.tile)
+        kernels = lean_kernels(ws.linear_tile)
         with torch.no_grad():
             embed(model, batch.ids, inputs[0])
             for layer in range(model.spec.num_layers):
@@ -142,7 +142,7 @@ class Mebp:
             return require_finite(loss_backward_(model, x, batch, ws, scale=scale))
         output = x.detach().clone().requires_grad_()
         with torch.enable_grad():
-            logits = reference_head(model, output, lean_kernels(ws.tile))
+            logits = reference_head(model, output, lean_kernels(ws.linear_tile))
             loss = F.cross_entropy(logits, batch.targets, ignore_index=IGNORED, reduction="sum")
             del logits
             total = require_finite(loss.detach())
@@ -153,7 +153,7 @@ class Mebp:
     def loss(self, model: Decoder, adapter: Adapter | None, batch: Batch) -> float:
         """See `Method.loss`: the forward of `step`, and the sweep over the vocabulary."""
         ws, inputs = self._buffers.for_batch(model, batch, 1)
-        kernels = lean_kernels(ws.tile)
+        kernels = lean_kernels(ws.linear_tile)
         with torch.no_grad():
             x = inputs[0]
             embed(model, batch.ids, x)

@@ -123,7 +123,7 @@ def head_logits(model: Decoder, x: Tensor, ws: Workspace) -> Tensor:
     rmsnorm_forward(x, model.final_norm, model.spec.rms_norm_eps, out=n)
     _scale_(n, model.spec.logit_scale)
     out = x.new_empty(x.shape[0], model.spec.vocab_size)
-    matmul_(out, n, model.head, ws.tile)
+    matmul_(out, n, model.head, ws.linear_tile)
     cap = model.spec.logit_softcap
     return softcap_(out, cap) if cap else out
 

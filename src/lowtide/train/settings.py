@@ -22,7 +22,9 @@ MAX_SEED = 2**63 - 1
 class ModelSettings:
     """Which model, and how it computes."""
 
-    model: str = setting(help="model directory, or a Hugging Face hub id", filled=True)
+    model: str = setting(
+        help="model directory, or a Hugging Face hub id", filled=True, changeable=True
+    )
     compute_dtype: str | None = setting(
         None,
         help="dtype of activations and products; none chooses (`lowtide info` says why)",
@@ -39,12 +41,14 @@ class ModelSettings:
         help="CPU threads; none takes one for tiny models, else the cores",
         minimum=1,
         maximum=1024,
+        changeable=True,
     )
     resident_weights: str | None = setting(
         None,
         help="most mapped weights in memory at once, such as 400MB; none keeps all, or as many as "
         "a machine or control group with less memory has room for",
         filled=True,
+        changeable=True,
         metavar="SIZE",
     )
 
@@ -57,6 +61,7 @@ class DataSettings:
         None,
         help="directory with tokenizer.json, where the model's own is not to be used",
         filled=True,
+        changeable=True,
     )
     max_seq_length: int = setting(
         512, help="tokens per sequence; longer ones are cut, and reported", minimum=2
@@ -91,6 +96,7 @@ class StepSettings(MethodOptions, OptimizerSettings, LoraSettings):
         help="keep peak_anon_bytes within a size such as 400MB, or a share of the free memory such "
         "as 50%, by the fastest setting that fits (see `lowtide plan`)",
         filled=True,
+        changeable=True,
         metavar="SIZE",
     )
 
@@ -126,8 +132,11 @@ class TrainSettings(RecipeSettings, StepSettings, DataSettings, ModelSettings):
     data: str = setting(
         help=".jsonl, .json or .txt file, or a directory with {train,valid,test}.jsonl",
         filled=True,
+        changeable=True,
     )
-    adapter_path: str = setting(help="directory to write the adapter to", filled=True)
+    adapter_path: str = setting(
+        help="directory to write the adapter to", filled=True, changeable=True
+    )
     overwrite: bool = setting(False, help="replace the run that --adapter-path already holds")
     batch_size: int = setting(
         1, help="sequences per forward and backward", minimum=1, maximum=MAX_BATCH
@@ -143,14 +152,31 @@ class TrainSettings(RecipeSettings, StepSettings, DataSettings, ModelSettings):
     seed: int = setting(
         0, help="seed of initialisation, order and dropout", minimum=0, maximum=MAX_SEED
     )
-    valid_data: str | None = setting(None, help="file to validate on", filled=True)
+    valid_data: str | None = setting(None, help="file to validate on", filled=True, changeable=True)
     valid_records: int = setting(
         0, help="hold out the last N records (.txt: windows) of --data for validation", minimum=0
     )
     val_batches: int = setting(
         25, help="batches per validation; 0 uses the whole validation set", minimum=0
     )
-    steps_per_report: int = setting(10, help="updates between lines of progress", minimum=1)
-    steps_per_eval: int = setting(200, help="updates between validations", minimum=1)
-    save_every: int = setting(100, help="updates between saves of the adapter", minimum=1)
-    resume: bool = setting(False, help="not supported yet; refused")
+    steps_per_report: int = setting(
+        10, help="updates between lines of progress", minimum=1, changeable=True
+    )
+    steps_per_eval: int = setting(
+        200, help="updates between validations", minimum=1, changeable=True
+    )
+    save_every: int = setting(100, help="updates between checkpoints", minimum=1, changeable=True)
+    save_minutes: float | None = setting(
+        None, help="minutes after which a checkpoint is due in any case", above=0, changeable=True
+    )
+    keep_checkpoints: int = setting(
+        2, help="checkpoints that are kept, the newest ones", minimum=1, changeable=True
+    )
+    resume: bool = setting(
+        False,
+        help="go on with the run in --adapter-path, from its newest checkpoint; what is not given "
+        "stays as it was",
+    )
+    resume_anyway: bool = setting(
+        False, help="with --resume: though model, data or lowtide's version is another than before"
+    )

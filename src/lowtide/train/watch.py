@@ -13,10 +13,12 @@ from lowtide.environment import environment
 from lowtide.runs.processes import process_identity
 from lowtide.weights.checkpoint import dtype_name
 
-from .loop import Trainer, TrainResult
+from .history import TrainResult
+from .loop import Trainer
 from .observers import RunObserver, Several
+from .output import METRICS_FILE
 from .record import Recorder
-from .run_dir import METRICS_FILE, RunDir
+from .run_dir import RunDir
 
 
 class Watchers(Several):

@@ -22,7 +22,7 @@ from torch import Tensor
 from lowtide.model.adapter import Adapter
 from lowtide.model.batch import IGNORED, Batch
 from lowtide.model.decoder import Decoder
-from lowtide.model.forward import embed, loss_backward_, loss_forward
+from lowtide.model.forward import embed, embed_batch, loss_backward_, loss_forward
 from lowtide.model.reference import (
     Kernels,
     plain_attention,
@@ -109,7 +109,7 @@ class Mebp:
         seed = step.dropout_seed
         kernels = lean_kernels(ws.linear_tile)
         with torch.no_grad():
-            embed(model, batch.ids, inputs[0])
+            embed_batch(model, batch, inputs[0], step.noise)
             for layer in range(model.spec.num_layers):
                 x = reference_block(model, adapter, layer, inputs[layer], batch, seed, kernels)
                 inputs[layer + 1].copy_(x)

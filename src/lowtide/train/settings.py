@@ -150,7 +150,12 @@ class TrainSettings(RecipeSettings, StepSettings, DataSettings, ModelSettings):
         False, help="let records of similar length share a batch (with --batch-size above 1)"
     )
     seed: int = setting(
-        0, help="seed of initialisation, order and dropout", minimum=0, maximum=MAX_SEED
+        0, help="seed of initialisation, order, dropout and noise", minimum=0, maximum=MAX_SEED
+    )
+    neftune_noise_alpha: float | None = setting(
+        None,
+        help="NEFTune: uniform noise on the embeddings in training; usual are 5 to 15",
+        above=0,
     )
     valid_data: str | None = setting(None, help="file to validate on", filled=True, changeable=True)
     valid_records: int = setting(

@@ -156,7 +156,7 @@ def time_epoch(
     known = {name: value for name, value in asdict(settings).items() if name in _shared_names()}
     run = build(TrainSettings, {**known, "data": "-", "adapter_path": "-", "iters": 1})
     fitting, guard = within_budget(run, model, chosen)
-    adapter = Adapter.create(model, run.lora_config(), 0, run.rounded_dtype)
+    adapter = Adapter.create(model, run.lora_config(model.spec), 0, run.rounded_dtype)
     trainer = Trainer(model, adapter, get_method(run.method, fitting), run, guard)
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(model.spec.vocab_size, (n,), generator=generator).tolist()

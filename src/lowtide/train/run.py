@@ -130,7 +130,9 @@ def _rehearse(directory: Path, settings: TrainSettings, observer: RunObserver) -
     check_stopping(settings, settings.iters or sys.maxsize, has_validation(settings))
     model = open_model(settings)
     check_length(model, settings.max_seq_length)
-    adapter = Adapter.create(model, settings.lora_config(), settings.seed, settings.rounded_dtype)
+    adapter = Adapter.create(
+        model, settings.lora_config(model.spec), settings.seed, settings.rounded_dtype
+    )
     check_space(directory, _checkpoint_bytes(settings, adapter), settings.keep_checkpoints)
     Groups(settings, adapter.parameters)
     observer.on_model(model, adapter)

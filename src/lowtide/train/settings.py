@@ -80,6 +80,7 @@ class DataSettings:
         None,
         help="directory for tokenised data, which the next run with the same data and settings "
         "finds there; none takes ~/.cache/lowtide/tokens",
+        changeable=True,
         filled=True,
         metavar="DIR",
     )

@@ -45,7 +45,10 @@ class DataCheckSettings(StepSettings, DataSettings, ModelSettings):
 def run(argv: Sequence[str]) -> int:
     """Check a data set; exit code 1 where training would refuse it."""
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: lowtide data check DATA --model MODEL [flags]\n\n" + _DESCRIPTION)
+        print(
+            f"usage: lowtide data check DATA --model MODEL [flags]\n\n{_DESCRIPTION}\n\n"
+            "It takes --help, --config FILE.yaml and --json."
+        )
         return 0 if argv else 2
     if argv[0] != "check":
         meant = did_you_mean(argv[0], ["check"])

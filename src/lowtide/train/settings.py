@@ -13,7 +13,7 @@ from lowtide.model.adapter import ALL_LINEAR, LoraConfig
 from lowtide.model.decoder import COMPUTE_DTYPES
 from lowtide.weights.storages import STORAGES
 
-from .looking import MannerSettings, SampleSettings
+from .looking import MannerSettings, SampleSettings, TrackerSettings
 from .recipe import MAX_BATCH, OptimizerSettings, RecipeSettings, check_optimizer
 
 MAX_SEED = 2**63 - 1
@@ -147,7 +147,13 @@ def check_step(settings: StepSettings) -> None:
 # Dataclass fields come in reverse order of the bases, which is thus the order of run.yaml.
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings(
-    RecipeSettings, StepSettings, DataSettings, MannerSettings, SampleSettings, ModelSettings
+    RecipeSettings,
+    StepSettings,
+    DataSettings,
+    MannerSettings,
+    TrackerSettings,
+    SampleSettings,
+    ModelSettings,
 ):
     """All settings of `lowtide train`."""
 

@@ -10,6 +10,7 @@ from lowtide.data.prepare import PrepareReport
 from lowtide.infer.evaluate import Evaluation
 from lowtide.model.adapter import Adapter
 from lowtide.model.decoder import Decoder
+from lowtide.model.spec import ModelSpec
 from lowtide.train.history import StepReport, TrainResult
 from lowtide.train.observers import Cost, Quiet, Sample
 from lowtide.train.resume import Resumption, settle
@@ -77,8 +78,8 @@ class Progress(Quiet):
             f"{megabytes(model.checkpoint.nbytes)})"
         )
         self._output.say(
-            f"adapter  LoRA r={adapter.config.r} on {', '.join(_short(adapter))}: "
-            f"{count(adapter.n_parameters)} parameters"
+            f"adapter  {adapter.config.in_words()} on {', '.join(_short(adapter))}"
+            f"{_layers(adapter, spec)}: {count(adapter.n_parameters)} parameters"
         )
 
     def on_data(self, report: PrepareReport) -> None:
@@ -170,6 +171,14 @@ class Progress(Quiet):
         """Leave the view as it is and go on below it."""
         if self._view is not None:
             self._view.close()
+
+
+def _layers(adapter: Adapter, spec: ModelSpec) -> str:
+    """Which blocks are adapted, where not all are."""
+    layers = adapter.config.layers(spec)
+    if len(layers) == spec.num_layers:
+        return ""
+    return f" of {len(layers)} of {spec.num_layers} blocks (from {layers[0]} to {layers[-1]})"
 
 
 def _short(adapter: Adapter) -> list[str]:

@@ -80,7 +80,8 @@ def _train_in(
     resumed = find(directory, settings) if settings.resume else None
     model = open_model(settings)
     check_length(model, settings.max_seq_length)
-    adapter = Adapter.create(model, settings.lora_config(), settings.seed, settings.rounded_dtype)
+    config = settings.lora_config(model.spec)
+    adapter = Adapter.create(model, config, settings.seed, settings.rounded_dtype)
     check_space(directory, _checkpoint_bytes(settings, adapter), settings.keep_checkpoints)
     Groups(settings, adapter.parameters)  # refuses names that no parameter has
     fingerprints: dict[str, str | None] = {"model": model_fingerprint(model)}

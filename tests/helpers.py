@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lowtide.check.conformance import file_name as file_name
 from lowtide.check.conformance import hf_logits as hf_logits
 from lowtide.check.conformance import random_adapter as random_adapter
 from lowtide.check.conformance import relative as relative
@@ -230,7 +231,7 @@ def peft_gradients(
     loss = total / count
     loss.backward()
     grads = {
-        name.replace(".default.", "."): parameter.grad
+        file_name(name): parameter.grad
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }

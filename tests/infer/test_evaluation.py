@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,8 +27,11 @@ class Rows:
         return len(self.rows)
 
     @property
-    def lengths(self) -> list[int]:
-        return [len(ids) for ids, _ in self.rows]
+    def longest(self) -> int:
+        return max(len(ids) for ids, _ in self.rows)
+
+    def lengths_of(self, indices: Any) -> Any:
+        return np.array([len(self.rows[i][0]) for i in indices])
 
     def sequence(self, i: int) -> tuple[list[int], list[int]]:
         return self.rows[i]

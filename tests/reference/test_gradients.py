@@ -58,6 +58,26 @@ CASES = {
     "linear rope, o and gate": Case("llama-linear-untied", _config(64, "o_proj,mlp.gate_proj")),
     "many tiles, r 8": Case("llama-many-tiles", _config(8), stored=torch.bfloat16),
     "many tiles, up": Case("llama-many-tiles", _config(1, "up_proj"), masked=0.0),
+    "mqa, dora": Case("qwen2-mqa", _config(8, use_dora=True)),
+    "biases, dora, r 64, rslora": Case(
+        "llama-biases-llama3", _config(64, use_dora=True, use_rslora=True), masked=0.0
+    ),
+    "many tiles, dora, gate and down": Case(
+        "llama-many-tiles", _config(4, "gate_proj,down_proj", use_dora=True), stored=torch.bfloat16
+    ),
+    "groups of 3, dora, ranks and alphas by module": Case(
+        "qwen2-gqa3-untied",
+        _config(
+            3,
+            use_dora=True,
+            use_rslora=True,
+            rank_pattern={r"layers\.0\..*": 5, "up_proj": 1},
+            alpha_pattern={"q_proj": 1.5, r"self_attn\..*": 40},
+        ),
+    ),
+    "linear rope, rslora, the upper layer": Case(
+        "llama-linear-untied", _config(6, use_rslora=True, layers_to_transform=(1,))
+    ),
 }
 
 

@@ -89,15 +89,16 @@ def test_a_ratio_is_a_share_of_the_updates_rounded_up() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "records", "updates"),
+    ("given", "batches", "updates"),
     [
         ({}, 7, 100),
         ({"iters": 12}, 7, 12),
         ({"epochs": 1}, 7, 7),
-        ({"epochs": 3, "batch_size": 2}, 7, 11),  # 21 records are ten batches of 2 and one of 1
-        ({"epochs": 0.5, "batch_size": 2, "grad_accumulation_steps": 3}, 60, 5),
+        ({"epochs": 3, "batch_size": 2}, 4, 12),
+        ({"epochs": 0.5, "batch_size": 2, "grad_accumulation_steps": 3}, 30, 5),
+        ({"epochs": 2, "grad_accumulation_steps": 3}, 7, 5),
         ({"epochs": 0.001}, 7, 1),
     ],
 )
-def test_how_many_updates_a_run_makes(given: dict[str, Any], records: int, updates: int) -> None:
-    assert updates_of(settings(**given), records) == updates
+def test_how_many_updates_a_run_makes(given: dict[str, Any], batches: int, updates: int) -> None:
+    assert updates_of(settings(**given), batches) == updates

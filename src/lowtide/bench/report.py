@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lowtide.errors import InputError, LowtideError, OutputError
+from lowtide.webpage import Figure, Page, to_html, to_markdown
 from lowtide.weights.writer import write_atomically
 
 from .report_data import Results, read_results
-from .report_page import Figure, Page, to_html, to_markdown
 from .report_runs import convergence_section, peers_section, quality_section, timeline_section
 from .report_steps import models_section, store_h_section, sweep_section
 from .report_text import (

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lowtide.webpage import Absent, Block, Cell, Figure, Figures, Section, Table, Text
+
 from .report_charts import (
     Chart,
     by_method,
@@ -15,7 +17,6 @@ from .report_charts import (
     timeline_chart,
 )
 from .report_data import Case, Results
-from .report_page import Absent, Block, Cell, Figure, Figures, Section, Table, Text
 from .report_paper import MEZO_COSINE
 from .report_steps import NONE, absent, change, minus, number
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from lowtide.webpage import Absent, Block, Cell, Figure, Figures, Section, Table, Text
+
 from .report_charts import by_method, model_chart, shown, sweep_chart
 from .report_data import Case, Results
-from .report_page import Absent, Block, Cell, Figure, Figures, Section, Table, Text
 from .report_paper import STORE_H_DIFFERENCE_MB, paper_figure
 
 NONE = "\N{EN DASH}"

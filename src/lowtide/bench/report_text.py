@@ -7,9 +7,10 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from lowtide.webpage import Absent, Block, Bullets, Cell, Section, Table, Text
+
 from .child import flags_of
 from .report_data import Case, Results
-from .report_page import Absent, Block, Bullets, Cell, Section, Table, Text
 from .report_paper import paper_figure
 from .report_steps import NONE, ratio
 from .results import GROUPS

@@ -145,6 +145,8 @@ def random_ids(vocab_size: int, lengths: Sequence[int], seed: int = 5) -> list[l
 def random_adapter(model: Decoder, config: LoraConfig | None = None, seed: int = 1) -> Adapter:
     """An adapter whose B is not zero, or no gradient would reach A. Values are exact in float32.
 
+    Its magnitudes, under DoRA, are the lengths of no weights' rows.
+
     Args:
         model: the model.
         config: settings; None adapts every linear.
@@ -158,6 +160,9 @@ def random_adapter(model: Decoder, config: LoraConfig | None = None, seed: int =
     for name, parameter in adapter.items():
         if ".lora_B." in name:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        elif name.endswith("lora_magnitude_vector"):
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.mul_(1.0 + 0.3 * noise).copy_(parameter.float())
     return adapter
 
 
@@ -200,10 +205,15 @@ def peft_gradients(model: Any, ids: Sequence[Sequence[int]]) -> dict[str, Tensor
             total = total + F.cross_entropy(found, targets, ignore_index=-100, reduction="sum")
     torch.autograd.backward(total / count)
     return {
-        name.replace(".default.", "."): parameter.grad
+        file_name(name): parameter.grad
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
+
+
+def file_name(name: str) -> str:
+    """The name in PEFT's files of what is called so in its model."""
+    return name.replace(".default.", ".").replace("_magnitude_vector.weight", "_magnitude_vector")
 
 
 def measure(example: Example) -> Errors:

@@ -24,6 +24,8 @@ COMMANDS = {
     "train": "fine-tune a LoRA adapter on your data",
     "generate": "continue a prompt",
     "eval": "loss and perplexity on a data set",
+    "report": "one page about a run: curves, memory, samples, what happened",
+    "runs": "the runs below a directory, side by side",
     "check": "our gradients against autograd, on your own model and data",
     "plan": "what a run will need, before it runs",
     "quantize": "write a quantised copy of a model: 8 or 4 bits per weight",

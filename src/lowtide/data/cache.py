@@ -1,41 +1,47 @@
 """Tokenised sequences in one mapped file: what training reads instead of a data set.
 
-A cache is an ordinary safetensors file with three tensors, the sequences laid end to end:
+It is an ordinary safetensors file with three tensors, the sequences laid end to end:
 
+    ids      int32  (N,)       a token's id where it is a label, else ~id (which is negative)
     offsets  int64  (n + 1,)   sequence i is [offsets[i], offsets[i + 1])
-    ids      int32  (N,)       token ids
-    trained  uint8  (N,)       1 where the token is a label
+    digests  uint64 (n,)       of the whole record, before it was cut
 
-Reading a sequence copies that sequence and nothing else; the pages behind it belong to the file.
+N is even, so that what follows is aligned; a token that fills it up belongs to no sequence. The
+header says how long the longest sequence is. Reading copies one sequence and nothing else; the
+pages behind it belong to the file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import struct
 from array import array
-from collections.abc import Iterable, Sequence
-from functools import cached_property
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 from types import TracebackType
 from typing import IO, Any
 
-from safetensors import SafetensorError, safe_open
+import numpy as np
+from numpy.typing import NDArray
 
 from lowtide.errors import DataError, OutputError
 
 IGNORED = -100
+_FORMAT = "lowtide tokens 2"
+_HEADER_BYTES = 512
 _FLUSH_TOKENS = 1 << 16
+_TENSORS = {"ids": ("I32", "<i4"), "offsets": ("I64", "<i8"), "digests": ("U64", "<u8")}
 
 
 class CacheWriter:
     """Writes a cache one sequence at a time, holding no more than a small buffer.
 
-    The tensors grow in unnamed temporary files beside the cache; `commit` joins them under a
-    temporary name and renames it, so that a cache is either whole or not there.
+    The ids go straight to the file; offsets and digests grow in unnamed files beside it, and
+    `commit` appends them. Without it nothing is left behind.
 
     Args:
         path: The file to write.
@@ -46,19 +52,18 @@ class CacheWriter:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._offsets = array("q", [0])
-        self._ids = array("i")
-        self._trained = array("B")
+        self._buffers = (array("i"), array("q", [0]), array("Q"))
         self._files: list[IO[bytes]] = []
+        self._count = self._total = self._longest = 0
+        self._committed = False
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            for _ in range(3):
-                self._files.append(TemporaryFile(dir=path.parent))
+            self._files.append(open(path, "wb"))
+            self._files[0].write(bytes(_HEADER_BYTES))
+            self._files += [TemporaryFile(dir=path.parent) for _ in range(2)]
         except OSError as error:
             self.close()
-            raise _unwritable(path, error) from None
-        self._count = 0
-        self._total = 0
+            raise unwritable(path, error) from None
 
     def __enter__(self) -> CacheWriter:
         return self
@@ -72,94 +77,95 @@ class CacheWriter:
         self.close()
 
     def close(self) -> None:
-        """Give back the temporary files; without `commit` nothing is left behind."""
+        """Give back the temporary files; without `commit`, the cache's own too."""
         for file in self._files:
-            file.close()
+            with contextlib.suppress(OSError):  # a full disk has been told of already
+                file.close()
         self._files.clear()
+        if not self._committed:
+            with contextlib.suppress(OSError):
+                self._path.unlink(missing_ok=True)
 
-    def append(self, ids: Sequence[int], trained: Sequence[int]) -> None:
+    def append(self, ids: Sequence[int], trained: Sequence[int], digest: int) -> None:
         """Add one sequence.
 
         Args:
             ids: Its token ids.
             trained: 1 for each token that is a label, else 0.
+            digest: Of the record that it came from, 64 bits.
 
         Raises:
             OutputError: The disk is full.
         """
-        assert len(ids) == len(trained), "one flag for each id"
-        self._ids.extend(ids)
-        self._trained.extend(trained)
+        own, offsets, digests = self._buffers
+        own.extend(token if flag else ~token for token, flag in zip(ids, trained, strict=True))
         self._count += 1
         self._total += len(ids)
-        self._offsets.append(self._total)
-        if len(self._ids) >= _FLUSH_TOKENS or len(self._offsets) >= _FLUSH_TOKENS:
+        self._longest = max(self._longest, len(ids))
+        offsets.append(self._total)
+        digests.append(digest)
+        if len(own) >= _FLUSH_TOKENS or len(offsets) >= _FLUSH_TOKENS:
             self._flush()
 
     def commit(self) -> None:
-        """Put the cache in place, replacing an older one in a single step.
+        """Finish the file, and see that it is on the disk.
 
         Raises:
-            OutputError: The disk is full, or the file cannot be replaced.
+            OutputError: The disk is full.
         """
+        if self._total % 2:
+            self._buffers[0].append(0)
         self._flush()
-        temporary = temporary_path(self._path)
+        out, *others = self._files
         try:
-            with open(temporary, "wb") as out:
-                out.write(_header(self._count, self._total))
-                for file in self._files:
-                    file.seek(0)
-                    shutil.copyfileobj(file, out, 1 << 20)
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(temporary, self._path)
+            for file in others:
+                file.seek(0)
+                shutil.copyfileobj(file, out, 1 << 20)
+            out.seek(0)
+            out.write(_header(self._count, self._total, self._longest))
+            out.flush()
+            os.fsync(out.fileno())
         except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise _unwritable(self._path, error) from None
+            raise unwritable(self._path, error) from None
+        self._committed = True
 
     def _flush(self) -> None:
         try:
-            for file, buffer in zip(
-                self._files, (self._offsets, self._ids, self._trained), strict=True
-            ):
+            for file, buffer in zip(self._files, self._buffers, strict=True):
                 buffer.tofile(file)
                 del buffer[:]
         except OSError as error:
-            raise _unwritable(self._path, error) from None
-
-
-def write_cache(path: Path, sequences: Iterable[tuple[Sequence[int], Sequence[int]]]) -> None:
-    """Write sequences of (ids, trained flags) to a cache, in bounded memory.
-
-    Args:
-        path: The file to write; replaced whole or left as it was.
-        sequences: Each a pair of equally long lists.
-
-    Raises:
-        OutputError: The directory cannot be written, or the disk is full.
-    """
-    with CacheWriter(path) as writer:
-        for ids, trained in sequences:
-            writer.append(ids, trained)
-        writer.commit()
+            raise unwritable(self._path, error) from None
 
 
 class TokenDataset:
     """A cache, open for reading; make one with `TokenDataset.open`."""
 
-    def __init__(self, path: Path, mapped: Any) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self._ids = mapped.get_slice("ids")
-        self._trained = mapped.get_slice("trained")
-        self._offsets = mapped.get_slice("offsets")
-        self._count = int(self._offsets.get_shape()[0]) - 1
+        mapped = np.memmap(path, dtype=np.uint8, mode="r")
+        header, start = _read_header(mapped)
+        metadata, parts = header.pop("__metadata__", {}), {}
+        if metadata.get("format") != _FORMAT or set(header) != set(_TENSORS):
+            raise _BrokenCacheError(f"it is of another format than {_FORMAT!r}")
+        for name, (dtype, kind) in _TENSORS.items():
+            first, last = (start + int(place) for place in header[name]["data_offsets"])
+            if header[name]["dtype"] != dtype or not start <= first <= last <= len(mapped):
+                raise _BrokenCacheError(f"its {name} do not lie within its {len(mapped):,} bytes")
+            parts[name] = np.asarray(mapped[first:last]).view(kind)
+        self._ids, self._offsets, self.digests = parts["ids"], parts["offsets"], parts["digests"]
+        self.longest = int(metadata["longest"])
+        """Tokens in the longest sequence."""
+        whole = len(self._ids) - self.n_tokens in (0, 1)
+        if not whole or len(self._offsets) != len(self.digests) + 1:
+            raise _BrokenCacheError("its tensors do not fit together")
 
     @classmethod
     def open(cls, path: Path | str) -> TokenDataset:
         """Map a cache.
 
         Args:
-            path: A file written by `write_cache`.
+            path: A file written by `CacheWriter`.
 
         Returns:
             The data set; it reads from the file as long as it lives.
@@ -168,46 +174,33 @@ class TokenDataset:
             DataError: The file is missing, or is not a whole cache.
         """
         path = Path(path)
-        if not path.is_file():
-            raise DataError(f"no token cache at {path}. Prepare the data again.")
         try:
-            mapped = safe_open(str(path), framework="numpy")
-            dataset = cls(path, mapped)
-            dataset._check()
-        except (SafetensorError, OSError, _BrokenCacheError) as error:
+            return cls(path)
+        except FileNotFoundError:
+            raise DataError(f"no token cache at {path}. Prepare the data again.") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
                 f"{path} is not a whole token cache: {error}. Delete it and prepare the data again."
             ) from None
-        return dataset
-
-    def _check(self) -> None:
-        expected = (("offsets", self._offsets, "I64"), ("ids", self._ids, "I32"))
-        for name, tensor, dtype in (*expected, ("trained", self._trained, "U8")):
-            if tensor.get_dtype() != dtype or len(tensor.get_shape()) != 1:
-                raise _BrokenCacheError(f"{name} is {tensor.get_dtype()} {tensor.get_shape()}")
-        if self._count < 0 or self._ids.get_shape() != self._trained.get_shape():
-            raise _BrokenCacheError("its tensors do not fit together")
-        if int(self._offsets[self._count : self._count + 1][0]) != self.n_tokens:
-            raise _BrokenCacheError("its offsets do not end where its tokens end")
 
     def __len__(self) -> int:
-        return self._count
+        return len(self.digests)
 
     @property
     def n_tokens(self) -> int:
         """Tokens in all sequences together."""
-        return int(self._ids.get_shape()[0])
+        return int(self._offsets[-1])
 
-    @cached_property
-    def lengths(self) -> Sequence[int]:
-        """The length of each sequence: four bytes a sequence, read once."""
-        lengths = array("i")
-        start = 0
-        for first in range(1, self._count + 1, _FLUSH_TOKENS):
-            for end in self._offsets[first : min(first + _FLUSH_TOKENS, self._count + 1)]:
-                lengths.append(int(end) - start)
-                start = int(end)
-        return lengths
+    def lengths_of(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens of each of these sequences.
+
+        Args:
+            indices: Which, each in [0, len(self)).
+
+        Returns:
+            As many lengths.
+        """
+        return np.asarray(self._offsets[indices + 1] - self._offsets[indices], dtype=np.int64)
 
     def sequence(self, i: int) -> tuple[list[int], list[int]]:
         """One sequence and its labels.
@@ -222,45 +215,56 @@ class TokenDataset:
         Raises:
             IndexError: There is no such sequence.
         """
-        if not -self._count <= i < self._count:
-            raise IndexError(f"sequence {i} of {self._count}")
-        i %= self._count
-        start, end = (int(offset) for offset in self._offsets[i : i + 2])
-        ids: list[int] = self._ids[start:end].tolist()
-        trained: list[int] = self._trained[start:end].tolist()
-        labels = [token if flag else IGNORED for token, flag in zip(ids, trained, strict=True)]
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"sequence {i} of {len(self)}")
+        i %= len(self)
+        stored = self._ids[self._offsets[i] : self._offsets[i + 1]]
+        trained = stored >= 0
+        ids: list[int] = np.where(trained, stored, ~stored).tolist()
+        labels: list[int] = np.where(trained, stored, IGNORED).tolist()
         return ids, labels
 
 
-class _BrokenCacheError(Exception):
+class _BrokenCacheError(ValueError):
     """What is wrong with a cache; becomes a DataError that names the file."""
 
 
-def temporary_path(path: Path) -> Path:
-    """Where a cache is put together before it takes its name."""
-    return path.with_name(path.name + ".tmp")
-
-
-def _header(count: int, total: int) -> bytes:
-    """The safetensors header: its length, then JSON, padded so that the tensors are aligned."""
-    layout = (
-        ("offsets", "I64", count + 1, 8),
-        ("ids", "I32", total, 4),
-        ("trained", "U8", total, 1),
-    )
-    entries: dict[str, Any] = {}
+def _header(count: int, total: int, longest: int) -> bytes:
+    """The safetensors header, padded to the place that is kept for it."""
+    lengths = (total + total % 2, count + 1, count)
+    metadata = {"format": _FORMAT, "longest": str(longest)}
+    entries: dict[str, Any] = {"__metadata__": metadata}
     start = 0
-    for name, dtype, length, width in layout:
-        end = start + length * width
+    for (name, (dtype, kind)), length in zip(_TENSORS.items(), lengths, strict=True):
+        end = start + length * int(kind[-1])
         entries[name] = {"dtype": dtype, "shape": [length], "data_offsets": [start, end]}
         start = end
     text = json.dumps(entries, separators=(",", ":")).encode("ascii")
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+    return struct.pack("<Q", _HEADER_BYTES - 8) + text.ljust(_HEADER_BYTES - 8)
 
 
-def _unwritable(path: Path, error: OSError) -> OutputError:
+def _read_header(mapped: NDArray[np.uint8]) -> tuple[dict[str, Any], int]:
+    """The header, and where the tensors start."""
+    raw = mapped[:_HEADER_BYTES].tobytes()
+    if len(raw) < _HEADER_BYTES or raw[:8] != struct.pack("<Q", _HEADER_BYTES - 8):
+        raise _BrokenCacheError("it has no header")
+    header = json.loads(raw[8:])
+    if not isinstance(header, dict):
+        raise _BrokenCacheError("its header is no JSON object")
+    return header, _HEADER_BYTES
+
+
+def unwritable(path: Path, error: OSError) -> OutputError:
+    """The error of a cache that cannot be written.
+
+    Args:
+        path: The file or directory.
+        error: What the system said.
+
+    Returns:
+        The error to raise.
+    """
     return OutputError(
         f"cannot write the token cache {path}: {error.strerror or error}. Free some space, or "
-        "choose another directory."
+        "choose another directory with --cache-dir."
     )

@@ -14,7 +14,9 @@ where any of its characters is. `turns.py` says where in a conversation the assi
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +51,8 @@ class Encoded(NamedTuple):
     """1 where the token is a label; the first token is never predicted."""
     dropped_tokens: int
     """Tokens cut off at the end because the record was too long."""
+    digest: int = 0
+    """64 bits of the whole record's ids, by which equal records are found."""
 
     @property
     def trained_tokens(self) -> int:
@@ -101,7 +105,7 @@ class Encoder:
             raise DataError(f"{record.where}: {error}") from None
         self._check_ids(ids, record.where)
         cut = self.max_seq_length
-        return Encoded(ids[:cut], trained[:cut], max(0, len(ids) - cut))
+        return Encoded(ids[:cut], trained[:cut], max(0, len(ids) - cut), _digest(ids))
 
     def windows(self, text: str, where: Path) -> Iterator[Encoded]:
         """A long text as one stream of tokens, cut into windows of `max_seq_length`.
@@ -129,7 +133,7 @@ class Encoder:
             if len(window) < 2:
                 yield Encoded([], [], len(window))
             else:
-                yield Encoded(window, [1] * len(window), 0)
+                yield Encoded(window, [1] * len(window), 0, _digest(window))
 
     def _encode(self, record: Record) -> tuple[list[int], list[int]]:
         match record:
@@ -198,6 +202,11 @@ class Encoder:
                 f"{self.tokenizer.token(largest)!r} has id {largest}, and the model has "
                 f"{self.vocab_size} tokens. Point --tokenizer at the model's own directory."
             )
+
+
+def _digest(ids: Sequence[int]) -> int:
+    raw = array("i", ids).tobytes()
+    return int.from_bytes(blake2b(raw, digest_size=8).digest(), "little")
 
 
 def _flags(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:

@@ -17,11 +17,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from lowtide.data.cache import temporary_path
 from lowtide.data.formats import FeatureNames
 from lowtide.errors import KINDS, LowtideError, LowtideWarning
 
-SPLITS = ("train", "valid", "eval")
 _STDERR_LINES = 8
 
 
@@ -152,9 +150,6 @@ def prepare(request: PrepareRequest) -> PrepareReport:
         child.kill()
         child.wait()
         raise
-    finally:
-        for split in SPLITS:
-            temporary_path(cache_path(request.out, split)).unlink(missing_ok=True)
     report = _answer(child.returncode, out, err)
     for text in report.warnings:
         warnings.warn(text, LowtideWarning, stacklevel=2)

@@ -108,7 +108,7 @@ class _Split:
         self.truncated_records = self.dropped_tokens = self.dropped_records = 0
 
     def add(self, sequence: Encoded) -> None:
-        self.writer.append(sequence.ids, sequence.trained)
+        self.writer.append(sequence.ids, sequence.trained, sequence.digest)
         self.records += 1
         self.tokens += len(sequence.ids)
         self.trained_tokens += sequence.trained_tokens

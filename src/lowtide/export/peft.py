@@ -19,18 +19,14 @@ from lowtide.weights.writer import write_atomically, write_safetensors
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
-_NAME = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(.+)\.lora_([AB])\.weight")
+_NAME = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.(.+)\.lora_[AB]\.weight")
 _MODULE = re.compile(r"model\.layers\.(\d+)\.(.+)")
-# Settings of PEFT's LoraConfig under which its function is the plain one. Others are refused.
+# Settings of PEFT's LoraConfig under which its function is one that we have. Others are refused.
 _PLAIN: dict[str, tuple[object, ...]] = {
     "bias": ("none",),
     "fan_in_fan_out": (False,),
-    "use_dora": (False,),
-    "use_rslora": (False,),
     "lora_bias": (False,),
     "modules_to_save": (None, []),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
     "layer_replication": (None,),
     "trainable_token_indices": (None,),
     "target_parameters": (None, []),
@@ -87,8 +83,10 @@ def adapter_config(adapter: Adapter, base_model: str | None) -> dict[str, Any]:
         "init_lora_weights": True,
         "inference_mode": True,
         "modules_to_save": None,
-        "use_dora": False,
-        "use_rslora": False,
+        "use_dora": config.use_dora,
+        "use_rslora": config.use_rslora,
+        "rank_pattern": dict(config.rank_pattern),
+        "alpha_pattern": dict(config.alpha_pattern),
     }
 
 
@@ -130,7 +128,7 @@ def load_adapter(directory: Path, model: Decoder) -> Adapter:
             f"the adapter in {directory} (made for {base!r}) does not fit the model in "
             f"{model.directory}:\n{listed(problems)}\nGive the model that it was trained on."
         )
-    adapter = Adapter.create(model, config)
+    adapter = Adapter.zeros(model, config)
     for name, parameter in adapter.items():
         parameter.copy_(weights[name])
     return adapter
@@ -205,9 +203,18 @@ def _lora_config(
             lora_dropout=raw.get("lora_dropout", 0.0),
             target_modules=names,
             layers_to_transform=layers,
+            use_rslora=raw.get("use_rslora", False),
+            use_dora=raw.get("use_dora", False),
+            rank_pattern=_pattern(raw, "rank_pattern"),
+            alpha_pattern=_pattern(raw, "alpha_pattern"),
         )
     except ConfigError as error:
         raise AdapterError(f"{directory / CONFIG_FILE}: {error}") from error
+
+
+def _pattern(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = raw.get(name)
+    return {} if value is None else value
 
 
 def _targets(

@@ -7,6 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lowtide.errors import TrainingError
 from lowtide.methods import Method
 from lowtide.model.adapter import Adapter
@@ -21,8 +24,11 @@ class Sequences(Protocol):
         """Number of sequences."""
 
     @property
-    def lengths(self) -> Sequence[int]:
-        """Tokens of each sequence."""
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+
+    def lengths_of(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Tokens of each of these sequences."""
 
     def sequence(self, i: int) -> tuple[list[int], list[int]]:
         """Ids and labels of one sequence."""

@@ -2,8 +2,8 @@
 
 Each step goes back through some of the blocks only. Past the others the residual path carries the
 gradient unchanged, as if their branches were constants; their adapters get no gradient and rest.
-The blocks take turns, evenly spaced, so that each comes up equally often. Inputs of blocks that
-rest are not kept, and nothing below the lowest block that is up is computed backwards.
+The adapted blocks take turns, evenly spaced, so that each comes up equally often. Inputs of blocks
+that rest are not kept, and nothing below the lowest block that is up is computed backwards.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ class Lcsb:
         self, model: Decoder, adapter: Adapter, batch: Batch, sink: GradSink, step: Step
     ) -> float:
         """See `Method.step`; sends gradients of the blocks that are up only."""
-        layers = blocks_of_turn(model.spec.num_layers, self._blocks(model), step.number)
+        adapted = adapter.config.layers(model.spec)
+        number = min(self._blocks(model), len(adapted))
+        layers = [adapted[i] for i in blocks_of_turn(len(adapted), number, step.number)]
         return structured_step(
             model, adapter, batch, sink, step, buffers=self._buffers, layers=layers
         )

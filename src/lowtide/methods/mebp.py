@@ -32,6 +32,7 @@ from lowtide.model.reference import (
 )
 from lowtide.model.workspace import Workspace
 from lowtide.ops.attention import Heads
+from lowtide.ops.dora import row_norms
 from lowtide.ops.frozen import matmul_, matmul_t_
 from lowtide.weights.matrix import StoredMatrix
 
@@ -76,7 +77,7 @@ def lean_kernels(tile: Tensor) -> Kernels:
         y: Tensor = _FrozenProduct.apply(x, weight, tile)  # type: ignore[no-untyped-call]  # torch does not type it
         return y
 
-    return Kernels(product, _fused_attention)
+    return Kernels(product, _fused_attention, row_norms)
 
 
 class Mebp:
@@ -109,12 +110,12 @@ class Mebp:
                 inputs[layer + 1].copy_(x)
         total = self._loss_backward_(model, inputs[-1], batch, ws, step.scale)
         dy = inputs[-1]
-        for layer in reversed(range(model.spec.num_layers)):
+        trained = adapter.config.trained_layers(model.spec)
+        for layer in reversed(trained):
             leaves = adapter.leaves(layer)
-            x = inputs[layer].detach().requires_grad_(layer > 0)
-            wanted = [*([x] if layer > 0 else []), *leaves.values()]
-            if not wanted:
-                break
+            below = layer > trained[0]
+            x = inputs[layer].detach().requires_grad_(below)
+            wanted = [*([x] if below else []), *leaves.values()]
             with torch.enable_grad():
                 tracked = Adapter(adapter.config, leaves)
                 y = reference_block(model, tracked, layer, x, batch, seed, kernels)
@@ -122,7 +123,7 @@ class Mebp:
                 product = torch.dot(y.flatten(), dy.flatten())
             grads = list(torch.autograd.grad(product, wanted))
             del y, product
-            if layer > 0:
+            if below:
                 dy = grads.pop(0)
             for name in leaves:
                 sink.add(name, grads.pop(0))

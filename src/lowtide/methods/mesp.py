@@ -57,8 +57,8 @@ class Mesp:
             self._stored_h.tokens = sum(batch.lengths)
         return structured_step(
             model, adapter, batch, sink, step,
-            buffers=self._buffers, layers=range(model.spec.num_layers), stored_h=self._stored_h,
-            kept_blocks=self._keep(model, sum(batch.lengths)),
+            buffers=self._buffers, layers=adapter.config.trained_layers(model.spec),
+            stored_h=self._stored_h, kept_blocks=self._keep(model, sum(batch.lengths)),
         )  # fmt: skip
 
     def _keep(self, model: Decoder, tokens: int) -> KeptBlocks | None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowtide.errors import TrainingError
-from lowtide.model.adapter import Adapter, parameter_name
+from lowtide.model.adapter import MAGNITUDE, Adapter, parameter_name
 from lowtide.model.batch import Batch
 from lowtide.model.decoder import Decoder
 from lowtide.ops.lora_linear import Lora
@@ -57,6 +57,10 @@ class _Moved(Adapter):
             a=self._move(lora.a, parameter_name(layer, linear, "A")),
             b=self._move(lora.b, parameter_name(layer, linear, "B")),
         )
+
+    def magnitude(self, layer: int, linear: str) -> Tensor | None:
+        m = super().magnitude(layer, linear)
+        return None if m is None else self._move(m, parameter_name(layer, linear, MAGNITUDE))
 
     def _move(self, parameter: Tensor, name: str) -> Tensor:
         return self._direction.of(name).mul_(self._distance).add_(parameter)

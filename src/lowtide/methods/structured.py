@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 
 from torch import Tensor
 
-from lowtide.model.adapter import Adapter, parameter_name
+from lowtide.model.adapter import MAGNITUDE, MATRICES, Adapter, parameter_name
 from lowtide.model.batch import Batch
 from lowtide.model.block import Block, block_backward
 from lowtide.model.decoder import Decoder
@@ -65,7 +65,8 @@ def structured_step(
         sink: takes each gradient as it comes.
         step: scale and dropout seed.
         buffers: reused between steps.
-        layers: blocks to go back through; all of them for the exact gradient.
+        layers: blocks to go back through; for the exact gradient, those from the lowest adapted one
+            up.
         stored_h: keeps h of every adapted linear from the forward; None recomputes it.
         kept_blocks: takes the intermediates of some blocks; None recomputes all.
 
@@ -76,9 +77,11 @@ def structured_step(
         TrainingError: the loss is not finite; no gradient has reached the sink.
     """
 
+    norms: dict[tuple[int, str], Tensor] = {}  # of DoRA; the adapter is the same in the backward
+
     def block_of(layer: int, *, backward: bool) -> Block:
         own = adapter if stored_h is None else stored_h.on(adapter, ready=backward)
-        return model.block(layer, own, step.dropout_seed)
+        return model.block(layer, own, step.dropout_seed, norms)
 
     num_layers = model.spec.num_layers
     kept = kept_inputs(layers)
@@ -95,9 +98,9 @@ def structured_step(
     total = require_finite(loss_backward_(model, x, batch, ws, scale=step.scale))
     for layer in sorted(layers, reverse=True):
 
-        def emit(linear: str, da: Tensor, db: Tensor, layer: int = layer) -> None:
-            sink.add(parameter_name(layer, linear, "A"), da)
-            sink.add(parameter_name(layer, linear, "B"), db)
+        def emit(linear: str, *grads: Tensor, layer: int = layer) -> None:
+            for part, grad in zip((*MATRICES, MAGNITUDE), grads, strict=False):
+                sink.add(parameter_name(layer, linear, part), grad)
 
         if layer == 0:
             # Every kept input has been used by now, so the embeddings take the place of one.

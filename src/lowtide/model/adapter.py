@@ -1,14 +1,13 @@
-"""LoRA adapters: settings, initialisation and PEFT's names.
+"""LoRA adapters: initialisation and PEFT's names.
 
-Files are read and written by `lowtide.export.peft`.
+Files are read and written by `lowtide.export.peft`; settings are those of `lora_config.py`.
 """
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,89 +15,28 @@ import torch
 from torch import Tensor
 
 from lowtide.errors import ConfigError
+from lowtide.ops.dora import row_norms
 from lowtide.ops.lora_linear import Lora
 
+from .lora_config import ALL_LINEAR as ALL_LINEAR
+from .lora_config import LoraConfig as LoraConfig
 from .spec import ModelSpec
 
 if TYPE_CHECKING:
     from .decoder import Decoder
 
-ALL_LINEAR = "all-linear"
 _PREFIX = "base_model.model.model.layers."
 
 
-@dataclass(frozen=True)
-class LoraConfig:
-    """Settings of an adapter, under PEFT's names.
-
-    Attributes:
-        r: rank.
-        lora_alpha: the adapter's output is scaled by `lora_alpha / r`.
-        lora_dropout: probability of dropping an element of the adapter's input in training.
-        target_modules: `all-linear`, or module names such as `q_proj` or `self_attn.q_proj`.
-        layers_to_transform: blocks to adapt, counted from 0; None adapts all.
-    """
-
-    r: int = 8
-    lora_alpha: float = 16.0
-    lora_dropout: float = 0.0
-    target_modules: str | Sequence[str] = ALL_LINEAR
-    layers_to_transform: Sequence[int] | None = None
-
-    def __post_init__(self) -> None:
-        """Refuse values that no adapter can have.
-
-        Raises:
-            ConfigError: names the value and the range.
-        """
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
-            raise ConfigError(f"lora r is {self.r!r}; expected a whole number of at least 1.")
-        alpha = self.lora_alpha
-        if not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha <= 0:
-            raise ConfigError(f"lora_alpha is {alpha!r}; expected a positive number.")
-        dropout = self.lora_dropout
-        if not isinstance(dropout, int | float) or not 0.0 <= dropout < 1.0:
-            raise ConfigError(f"lora_dropout is {dropout!r}; expected 0 <= lora_dropout < 1.")
-
-    @property
-    def scale(self) -> float:
-        """`lora_alpha / r`."""
-        return self.lora_alpha / self.r
-
-    def linears(self, spec: ModelSpec) -> tuple[str, ...]:
-        """The targeted projections, in block order.
-
-        Args:
-            spec: the model, whose module names these are.
-
-        Returns:
-            At least one name.
-
-        Raises:
-            ConfigError: a name matches no linear, or there are none.
-        """
-        names = self.target_modules
-        if isinstance(names, str):
-            names = [part.strip() for part in names.split(",") if part.strip()]
-        if list(names) == [ALL_LINEAR]:
-            return spec.linears
-        known = {linear.split(".")[-1]: linear for linear in spec.linears}
-        known |= {linear: linear for linear in spec.linears}
-        unknown = [name for name in names if name not in known]
-        if unknown or not names:
-            reason = "the output head is frozen in this method" if "lm_head" in unknown else ""
-            raise ConfigError(
-                f"target_modules {', '.join(map(repr, unknown)) or 'is empty'}: not a linear of "
-                f"this model{' (' + reason + ')' if reason else ''}. Choose {ALL_LINEAR!r} or "
-                f"names among {', '.join(linear.split('.')[-1] for linear in spec.linears)}."
-            )
-        chosen = {known[name] for name in names}
-        return tuple(linear for linear in spec.linears if linear in chosen)
+MATRICES = ("A", "B")
+MAGNITUDE = "m"
+"""Parts of an adapter on a linear, in the order in which gradients are emitted."""
 
 
 def parameter_name(layer: int, linear: str, part: str) -> str:
-    """PEFT's name of a LoRA matrix; `part` is `A` or `B`."""
-    return f"{_PREFIX}{layer}.{linear}.lora_{part}.weight"
+    """PEFT's name of a LoRA matrix in its files; `part` is of MATRICES, or MAGNITUDE."""
+    name = "magnitude_vector" if part == MAGNITUDE else f"{part}.weight"
+    return f"{_PREFIX}{layer}.{linear}.lora_{name}"
 
 
 def layer_of(name: str) -> int:
@@ -107,7 +45,10 @@ def layer_of(name: str) -> int:
 
 
 class Adapter:
-    """LoRA matrices of a model: `A (r, in)` and `B (out, r)` per adapted linear."""
+    """LoRA matrices of a model: `A (r, in)` and `B (out, r)` per adapted linear.
+
+    Under DoRA there is `m (out,)`, the length of each row of the adapted weight, as well.
+    """
 
     def __init__(
         self,
@@ -137,6 +78,8 @@ class Adapter:
     ) -> Adapter:
         """A fresh adapter as PEFT initialises it: A Kaiming-uniform (a = sqrt 5), B zero.
 
+        Under DoRA m is the length of each row of the weights, which are read for it.
+
         Args:
             model: the model it will adapt.
             config: settings; the defaults when None.
@@ -148,23 +91,60 @@ class Adapter:
             An adapter whose matrices are views of one tensor.
 
         Raises:
-            ConfigError: target_modules names no linear of the model.
+            ConfigError: target_modules names no linear of the model, a pattern matches none, or
+                DoRA is asked for in bfloat16 or on a weight with a row of zeros.
         """
         config = config or LoraConfig()
-        shapes = adapter_shapes(model.spec, config)
-        total = sum(math.prod(shape) for shape in shapes.values())
-        flat = torch.zeros(total, dtype=dtype or model.compute_dtype)
+        config.check_patterns(model.spec)
+        if config.use_dora and dtype == torch.bfloat16:
+            raise ConfigError(
+                "use_dora with an adapter in bfloat16: magnitudes rounded to 8 bits would change "
+                "every row of the weights by up to 0.4%. Keep the adapter in float32."
+            )
+        adapter = cls.zeros(model, config, dtype)
         generator = torch.Generator().manual_seed(seed)
-        parameters: dict[str, Tensor] = {}
-        start = 0
-        for name, shape in shapes.items():
-            parameters[name] = flat[start : start + math.prod(shape)].view(shape)
-            start += math.prod(shape)
+        for name, parameter in adapter.items():
             if ".lora_A." in name:
-                bound = 1.0 / math.sqrt(shape[1])
-                draw = torch.rand(shape, generator=generator, dtype=torch.float32)
-                parameters[name].copy_(draw.mul_(2 * bound).sub_(bound))
+                bound = 1.0 / math.sqrt(parameter.shape[1])
+                draw = torch.rand(parameter.shape, generator=generator, dtype=torch.float32)
+                parameter.copy_(draw.mul_(2 * bound).sub_(bound))
+        if config.use_dora:
+            adapter._measure_rows(model)
+        return adapter
+
+    @classmethod
+    def zeros(cls, model: Decoder, config: LoraConfig, dtype: torch.dtype | None = None) -> Adapter:
+        """An adapter to be filled; all of it is views of one tensor.
+
+        Args:
+            model: the model it will adapt.
+            config: settings.
+            dtype: as in `create`.
+
+        Returns:
+            An adapter of zeros.
+        """
+        shapes = adapter_shapes(model.spec, config)
+        sizes = [math.prod(shape) for shape in shapes.values()]
+        flat = torch.zeros(sum(sizes), dtype=dtype or model.compute_dtype)
+        named = zip(shapes.items(), torch.split(flat, sizes), strict=True)
+        parameters = {name: part.view(shape) for (name, shape), part in named}
         return cls(config, parameters, model.compute_dtype)
+
+    def _measure_rows(self, model: Decoder) -> None:
+        """Set every m to the lengths of its weight's rows."""
+        for layer, linear, _ in self.config.adapted(model.spec):
+            weight = model.linears[layer][linear].weight
+            m = self.parameters[parameter_name(layer, linear, MAGNITUDE)]
+            rows, columns = weight.shape
+            a = torch.zeros(1, columns, dtype=self.compute_dtype)
+            m.copy_(row_norms(weight, a, a.new_zeros(rows, 1), 0.0))
+            if not bool(m.all()):
+                raise ConfigError(
+                    f"use_dora divides by the length of each row of a weight, and row "
+                    f"{int((m == 0).nonzero()[0])} of {linear} in block {layer} is zero. Leave "
+                    "that linear out with target_modules, or use plain LoRA."
+                )
 
     @classmethod
     def load(cls, directory: str | Path, model: Decoder) -> Adapter:
@@ -227,11 +207,17 @@ class Adapter:
             return None
         b = self.parameters[parameter_name(layer, linear, "B")]
         a, b = a.to(self.compute_dtype), b.to(self.compute_dtype)
+        scale = self.config.scale(layer, linear)
         if dropout_seed is None or self.config.lora_dropout == 0.0:
-            return Lora(a, b, self.config.scale)
+            return Lora(a, b, scale)
         place = layer * 1009 + zlib.crc32(linear.encode())
         own = (dropout_seed * 1_000_003 + place) * 0x9E3779B1
-        return Lora(a, b, self.config.scale, self.config.lora_dropout, own & (1 << 62) - 1)
+        return Lora(a, b, scale, self.config.lora_dropout, own & (1 << 62) - 1)
+
+    def magnitude(self, layer: int, linear: str) -> Tensor | None:
+        """m `(out,)` of a linear in the compute dtype; None without DoRA, or without an adapter."""
+        m = self.parameters.get(parameter_name(layer, linear, MAGNITUDE))
+        return None if m is None else m.to(self.compute_dtype)
 
     def of_layer(self, layer: int) -> dict[str, Tensor]:
         """Matrices of one block, by PEFT name."""
@@ -249,30 +235,24 @@ class Adapter:
         return iter(self.parameters.items())
 
 
-def adapter_shapes(spec: ModelSpec, config: LoraConfig) -> dict[str, tuple[int, int]]:
-    """Shape by PEFT name of every LoRA matrix, in block order.
+def adapter_shapes(spec: ModelSpec, config: LoraConfig) -> dict[str, tuple[int, ...]]:
+    """Shape by PEFT name of every parameter of an adapter, in block order.
 
     Args:
         spec: the model.
-        config: rank, targets and layers.
+        config: ranks, targets and layers.
 
     Returns:
-        `(r, in)` of each A, `(out, r)` of each B.
+        `(r, in)` of each A, `(out, r)` of each B, `(out,)` of each m.
 
     Raises:
         ConfigError: a targeted linear or layer is not in the model.
     """
-    shapes: dict[str, tuple[int, int]] = {}
-    layers = config.layers_to_transform
-    outside = [layer for layer in layers or () if not 0 <= layer < spec.num_layers]
-    if outside or (layers is not None and not layers):
-        raise ConfigError(
-            f"layers_to_transform is {list(layers or ())}; the model has layers 0 to "
-            f"{spec.num_layers - 1}."
-        )
-    for layer in range(spec.num_layers) if layers is None else sorted(set(layers)):
-        for linear in config.linears(spec):
-            rows, cols = spec.linear_shape(linear)
-            shapes[parameter_name(layer, linear, "A")] = (config.r, cols)
-            shapes[parameter_name(layer, linear, "B")] = (rows, config.r)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer, linear, rank in config.adapted(spec):
+        rows, cols = spec.linear_shape(linear)
+        shapes[parameter_name(layer, linear, "A")] = (rank, cols)
+        shapes[parameter_name(layer, linear, "B")] = (rows, rank)
+        if config.use_dora:
+            shapes[parameter_name(layer, linear, MAGNITUDE)] = (rows,)
     return shapes

@@ -188,10 +188,15 @@ def _add_branch(
     out.add_(branch, alpha=block.scale)
 
 
+def _apart(linear: Linear, norm: Tensor | None, block: Block) -> bool:
+    """Whether a branch cannot be summed where its residual is: something multiplies its sum."""
+    return norm is not None or block.scale != 1.0 or linear.magnitude is not None
+
+
 def _add_attention(out: Tensor, attended: Tensor, block: Block, ws: Workspace) -> None:
     """`out += s post_a(attended Wo^T)`."""
     weight = block.norms.after_attention
-    if weight is None and block.scale == 1.0:
+    if not _apart(block.o, weight, block):
         linear_forward(attended, block.o, out, ws.tile, beta=1.0)
         return
     branch, n = ws.wide(4, *out.shape), ws.wide(0, *out.shape)
@@ -235,7 +240,7 @@ def block_forward(
     n = ws.wide(0, *x.shape)
     if _normed(out, block.norms.before_mlp, block.eps, n) is None:
         n.copy_(out)
-    if block.norms.after_mlp is None and block.scale == 1.0:
+    if not _apart(block.glu.down, block.norms.after_mlp, block):
         glu_forward(n, _mlp(n, block.glu), out, ws.glu, columns)
         return
     kept = None if keep is None else keep.branch
@@ -251,7 +256,7 @@ def block_backward(
     at: Positions,
     ws: Workspace,
     *,
-    emit: Callable[[str, Tensor, Tensor], None],
+    emit: Callable[..., None],
     input_gradient: bool = True,
     kept: Kept | None = None,
 ) -> None:
@@ -263,7 +268,8 @@ def block_backward(
         block: weights and adapters.
         at: segments and rotary tables.
         ws: buffers, overwritten.
-        emit: called with (projection's name, dA, dB) when A and B are not needed any more.
+        emit: called with (projection's name, dA, dB), and dm under DoRA, when A, B and m are not
+            needed any more.
         input_gradient: False in the first block; `dy` is then left meaningless.
         kept: what the forward of this block kept, overwritten; None where it kept nothing.
     """

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lowtide.errors import ConfigError, DataError
 from lowtide.ops.attention import Segment, self_segments
+from lowtide.ops.dora import Magnitude, row_norms
 from lowtide.ops.glu import Glu
 from lowtide.ops.lora_linear import Linear, Lora
 from lowtide.weights.checkpoint import Checkpoint, dtype_name
@@ -106,13 +107,21 @@ class Decoder:
             return FrozenLinear(weight, None)
         return FrozenLinear(weight, self.checkpoint[prefix + ".bias"].to(self.compute_dtype))
 
-    def block(self, layer: int, adapter: Adapter | None, dropout_seed: int | None) -> Block:
+    def block(
+        self,
+        layer: int,
+        adapter: Adapter | None,
+        dropout_seed: int | None,
+        norms: dict[tuple[int, str], Tensor] | None = None,
+    ) -> Block:
         """Weights of block `layer` with the adapter's matrices on them.
 
         Args:
             layer: 0-based.
             adapter: LoRA matrices, or None for the base model.
             dropout_seed: this micro-batch's seed for LoRA dropout; None turns dropout off.
+            norms: of rows of the adapted weights, for DoRA, by block and linear. Those that are
+                missing are formed, which reads the weights, and entered.
 
         Returns:
             References only; nothing is copied.
@@ -123,6 +132,12 @@ class Decoder:
             lora: Lora | None = None
             if adapter is not None:
                 lora = adapter.lora(layer, name, dropout_seed)
+                m = adapter.magnitude(layer, name)
+                if lora is not None and m is not None:
+                    norm = {} if norms is None else norms
+                    if (layer, name) not in norm:
+                        norm[layer, name] = row_norms(frozen.weight, lora.a, lora.b, lora.scale)
+                    lora = lora._replace(magnitude=Magnitude(m, norm[layer, name]))
             linears[name] = Linear(frozen.weight, frozen.bias, lora)
         of = by_role(spec, linears)
         return Block(

@@ -1,7 +1,7 @@
 """Projections of a block by role: fused ones as rows of one stored matrix, under one adapter.
 
 A fused projection stays one matrix in the file; q, k, v or gate and up see their rows of it. Its
-adapter is one A and one B over all its rows, so that with h = x A^T
+adapter is one A and one B (and m, under DoRA) over all its rows, so that with h = x A^T
 
     y_role = x W_role^T + s h B_role^T      dA = sum over roles of dh_role^T x      dB = [dB_role]
 
@@ -15,8 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lowtide.ops.dora import Magnitude
 from lowtide.ops.frozen import FrozenMatrix
-from lowtide.ops.lora_linear import Emit, Linear, lora_h
+from lowtide.ops.lora_linear import Emit, Linear, Lora, lora_h
 
 from .spec import ModelSpec, Projection
 
@@ -70,10 +71,18 @@ def by_role(spec: ModelSpec, projections: Mapping[str, Linear]) -> dict[str, Lin
         for role in roles:
             stop = start + spec.role_shape(role)[0]
             bias = None if whole.bias is None else whole.bias[start:stop]
-            lora = whole.lora and whole.lora._replace(b=whole.lora.b[start:stop])
+            lora = whole.lora and _rows_of(whole.lora, start, stop)
             parts[role] = Linear(Rows(whole.weight, start, stop), bias, lora)
             start = stop
     return parts
+
+
+def _rows_of(lora: Lora, start: int, stop: int) -> Lora:
+    """The adapter on rows `[start, stop)` of its matrix."""
+    magnitude = lora.magnitude
+    if magnitude is not None:
+        magnitude = Magnitude(*(part[start:stop] for part in magnitude))
+    return lora._replace(b=lora.b[start:stop], magnitude=magnitude)
 
 
 def with_one_h(x: Tensor, linears: Sequence[Linear]) -> list[Linear]:
@@ -96,27 +105,27 @@ def with_one_h(x: Tensor, linears: Sequence[Linear]) -> list[Linear]:
 class Gradients:
     """Takes gradients of a block by role, and hands them out by projection."""
 
-    def __init__(
-        self, projections: Sequence[Projection], emit: Callable[[str, Tensor, Tensor], None]
-    ) -> None:
-        """`emit` is called with (projection's name, dA, dB)."""
+    def __init__(self, projections: Sequence[Projection], emit: Callable[..., None]) -> None:
+        """`emit` is called with (projection's name, dA, dB), and dm under DoRA."""
         self._of = {role: one for one in projections for role in one.roles}
         self._emit = emit
-        self._held: dict[str, tuple[Tensor, dict[str, Tensor]]] = {}
+        self._held: dict[str, tuple[Tensor, dict[str, tuple[Tensor, ...]]]] = {}
 
     def of(self, role: str) -> Emit:
-        """What takes the (dA, dB) of a role."""
-        return lambda da, db: self._take(role, da, db)
+        """What takes the (dA, dB), or (dA, dB, dm), of a role."""
+        return lambda da, *by_row: self._take(role, da, by_row)
 
-    def _take(self, role: str, da: Tensor, db: Tensor) -> None:
+    def _take(self, role: str, da: Tensor, by_row: tuple[Tensor, ...]) -> None:
+        """dA is a sum over the roles of a projection; dB and dm have rows of each."""
         name, roles = self._of[role]
         if len(roles) == 1:
-            self._emit(name, da, db)
+            self._emit(name, da, *by_row)
             return
         total, rows = self._held.setdefault(name, (da, {}))
         if rows:
             total.add_(da)
-        rows[role] = db
+        rows[role] = by_row
         if len(rows) == len(roles):
             del self._held[name]
-            self._emit(name, total, torch.cat([rows.pop(each) for each in roles]))
+            in_order = (rows.pop(each) for each in roles)
+            self._emit(name, total, *(torch.cat(parts) for parts in zip(*in_order, strict=True)))

@@ -28,16 +28,18 @@ from .spec import Projection, RopeSpec
 
 
 class Kernels(NamedTuple):
-    """The two parts that can be had in less memory than plain autograd takes.
+    """The parts that can be had in less memory than plain autograd takes.
 
     Attributes:
         product: `x W^T` `(T, out)` of `x (T, in)` and a frozen W.
         attend: causal attention of one sequence, `(heads, T, head_dim)` each, keys and values
             repeated to as many heads as queries; `Heads` has scale, softcap and window.
+        norms: `||W + s B A||` by row, `(out,)`, of W, A, B and s.
     """
 
     product: Callable[[Tensor, StoredMatrix], Tensor]
     attend: Callable[[Tensor, Tensor, Tensor, Heads], Tensor]
+    norms: Callable[[StoredMatrix, Tensor, Tensor, float], Tensor]
 
 
 def plain_product(x: Tensor, weight: StoredMatrix) -> Tensor:
@@ -63,7 +65,13 @@ def visible(tokens: int, heads: Heads) -> Tensor:
     return seen.triu(1 - heads.window) if heads.window else seen
 
 
-PLAIN = Kernels(plain_product, plain_attention)
+def plain_norms(weight: StoredMatrix, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """With the whole of W + s B A."""
+    norms: Tensor = torch.linalg.norm(weight.whole().to(a.dtype) + scale * (b @ a), dim=1)
+    return norms
+
+
+PLAIN = Kernels(plain_product, plain_attention, plain_norms)
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
@@ -112,9 +120,18 @@ def reference_block(
         """Outputs by role."""
         frozen = model.linears[layer][projection.name]
         y = kernels.product(value, frozen.weight)
-        y = y if frozen.bias is None else y + frozen.bias
         lora = None if adapter is None else adapter.lora(layer, projection.name, dropout_seed)
-        y = y if lora is None else y + _lora(value, lora)
+        if adapter is not None and lora is not None:
+            m = adapter.magnitude(layer, projection.name)
+            dropped = _dropped(value, lora)
+            added = lora.scale * F.linear(F.linear(dropped, lora.a), lora.b)
+            if m is None:
+                y = y + added
+            else:
+                norm = kernels.norms(frozen.weight, lora.a.detach(), lora.b.detach(), lora.scale)
+                base = y if dropped is value else kernels.product(dropped, frozen.weight)
+                y = y + (m / norm - 1) * base + m / norm * added
+        y = y if frozen.bias is None else y + frozen.bias
         widths = [spec.role_shape(role)[0] for role in projection.roles]
         return dict(zip(projection.roles, torch.split(y, widths, -1), strict=True))
 
@@ -146,10 +163,8 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
-def _lora(x: Tensor, lora: Lora) -> Tensor:
-    if lora.dropout > 0:
-        x = x * dropout_scale(x, lora.dropout, lora.seed)
-    return lora.scale * F.linear(F.linear(x, lora.a), lora.b)
+def _dropped(x: Tensor, lora: Lora) -> Tensor:
+    return x * dropout_scale(x, lora.dropout, lora.seed) if lora.dropout > 0 else x
 
 
 def _attention(

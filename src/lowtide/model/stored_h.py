@@ -19,11 +19,11 @@ class StoredH:
 
     def __init__(self, adapter: Adapter, max_tokens: int) -> None:
         """Make room for batches of up to `max_tokens` tokens."""
-        names = [name for name, _ in adapter.items() if ".lora_A." in name]
-        rank = adapter.config.r
-        self._flat = torch.empty(len(names), rank * max_tokens, dtype=adapter.compute_dtype)
-        self._places = {name: place for place, name in enumerate(names)}
-        self._rank, self._max_tokens = rank, max_tokens
+        self._ranks = _ranks(adapter)
+        sizes = [rank * max_tokens for rank in self._ranks.values()]
+        self._flat = torch.empty(sum(sizes), dtype=adapter.compute_dtype)
+        self._parts = dict(zip(self._ranks, torch.split(self._flat, sizes), strict=True))
+        self._max_tokens = max_tokens
         self.tokens = max_tokens
 
     @property
@@ -33,8 +33,7 @@ class StoredH:
 
     def fits(self, adapter: Adapter, tokens: int) -> bool:
         """Whether that many tokens of an adapter of this shape fit."""
-        known = all(name in self._places for name, _ in adapter.items() if ".lora_A." in name)
-        return known and adapter.config.r == self._rank and tokens <= self._max_tokens
+        return tokens <= self._max_tokens and _ranks(adapter) == self._ranks
 
     def on(self, adapter: Adapter, *, ready: bool) -> Adapter:
         """`adapter` with its h to be written (forward) or read (backward).
@@ -50,7 +49,13 @@ class StoredH:
 
     def h(self, name: str) -> Tensor:
         """The piece `(r, T)` of the A of that PEFT name."""
-        return self._flat[self._places[name], : self._rank * self.tokens].view(self._rank, -1)
+        rank = self._ranks[name]
+        return self._parts[name][: rank * self.tokens].view(rank, -1)
+
+
+def _ranks(adapter: Adapter) -> dict[str, int]:
+    """Rank by PEFT name of every A."""
+    return {name: p.shape[0] for name, p in adapter.items() if ".lora_A." in name}
 
 
 class _WithH(Adapter):

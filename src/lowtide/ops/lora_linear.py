@@ -6,6 +6,15 @@
 `D` is LoRA dropout (identity without it) and `D'` multiplies by the same mask. `h (T, r)` costs
 2 T in r FLOPs to recompute against 2 T in out for the product beside it, so it is formed again in
 the backward, used and freed; a `Lora` with `h` keeps it instead, the paper's ablation.
+
+With a magnitude (DoRA, `dora.py`), c = m / n being a factor of each row and held constant by the
+gradient but for m, and u the output of W + s B A on the adapter's input,
+
+    y  = x W^T + b + s h B^T + (c - 1) u        u = D(x) W^T + s h B^T
+    dm = sum_t dy u / n      g = c dy           dB, dh: with g instead of dy
+    dx += dy W + D'((g - dy) W + dh A)
+
+Without dropout that is y = c u + b and dx += g W + dh A, of one product with W each.
 """
 
 from __future__ import annotations
@@ -16,8 +25,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .dora import Magnitude, column_dots
 from .dropout import dropout_scale, row_spans
-from .frozen import FrozenMatrix, matmul_, matmul_t_
+from .frozen import FrozenMatrix, matmul_, matmul_t_, spans
+
+DORA_ROWS = 256
+"""Rows of W that the backward of a linear with a magnitude takes at a time: it needs their u."""
 
 
 class Lora(NamedTuple):
@@ -34,6 +47,7 @@ class Lora(NamedTuple):
     seed: int = 0
     h: Tensor | None = None
     h_ready: bool = False
+    magnitude: Magnitude | None = None
 
 
 class Linear(NamedTuple):
@@ -43,9 +57,14 @@ class Linear(NamedTuple):
     bias: Tensor | None
     lora: Lora | None
 
+    @property
+    def magnitude(self) -> Magnitude | None:
+        """What DoRA adds, where it does; the output is then formed apart from a residual."""
+        return None if self.lora is None else self.lora.magnitude
 
-Emit = Callable[[Tensor, Tensor], None]
-"""Called with (dA, dB) of a linear once neither A nor B is needed any more in this backward."""
+
+Emit = Callable[..., None]
+"""Called with a linear's (dA, dB), and dm under DoRA, once none of A, B, m is needed any more."""
 
 
 def dropped(x: Tensor, lora: Lora, first_col: int = 0) -> Tensor:
@@ -104,6 +123,14 @@ def add_lora_input_gradient_(dx: Tensor, dh: Tensor, lora: Lora, first_col: int 
         rows.add_(scale.mul_(dh[start:stop] @ a))
 
 
+def add_undropped_(dx: Tensor, d_dropped: Tensor, lora: Lora, first_col: int = 0) -> None:
+    """`dx += D'(d_dropped)`, `(T, C)` each: from the gradient of `D(x)` to that of `x`."""
+    for start, stop in row_spans(*dx.shape):
+        rows = dx[start:stop]
+        scale = dropout_scale(rows, lora.dropout, lora.seed, first_col, start)
+        rows.add_(scale.mul_(d_dropped[start:stop]))
+
+
 def linear_forward(x: Tensor, linear: Linear, out: Tensor, tile: Tensor, beta: float = 0.0) -> None:
     """`out = beta * out + x W^T + b + s h B^T`.
 
@@ -112,8 +139,12 @@ def linear_forward(x: Tensor, linear: Linear, out: Tensor, tile: Tensor, beta: f
         linear: W, b and the adapter.
         out: `(T, out)`, overwritten, or added to with `beta = 1`.
         tile: flat buffer for a widened tile of W.
-        beta: what the old content of `out` is multiplied by.
+        beta: what the old content of `out` is multiplied by; 0 where there is a magnitude.
     """
+    if linear.lora is not None and linear.magnitude is not None:
+        assert beta == 0.0
+        _dora_forward(x, linear, linear.lora, linear.magnitude.factor, out, tile)
+        return
     matmul_(out, x, linear.weight, tile, beta)
     if linear.bias is not None:
         out.add_(linear.bias)
@@ -132,11 +163,14 @@ def linear_backward(
         linear: W, b and the adapter.
         dx: `(T, in)`, added to; None where nobody needs it (the first block).
         tile: flat buffer for a widened tile of W.
-        emit: receives (dA, dB) once A and B have been used for the last time.
+        emit: receives (dA, dB), and dm, once they have been used for the last time.
     """
+    lora = linear.lora
+    if lora is not None and lora.magnitude is not None:
+        _dora_backward(dy, x, linear, lora, lora.magnitude, dx, tile, emit)
+        return
     if dx is not None:
         matmul_t_(dx, dy, linear.weight, tile)
-    lora = linear.lora
     if lora is None:
         return
     x_dropped = dropped(x, lora)
@@ -147,3 +181,59 @@ def linear_backward(
     if dx is not None:
         add_lora_input_gradient_(dx, dh, lora)
     emit(da, db)
+
+
+def _dora_forward(
+    x: Tensor, linear: Linear, lora: Lora, factor: Tensor, out: Tensor, tile: Tensor
+) -> None:
+    """`out = x W^T + b + s h B^T + (c - 1) u`, in place from u on."""
+    x_dropped = dropped(x, lora)
+    h = to_rank(x_dropped, lora.a.t()) if lora.h is None else lora_h(x, lora)
+    matmul_(out, x_dropped, linear.weight, tile)
+    out.addmm_(h, lora.b.t(), alpha=lora.scale)
+    if lora.dropout == 0.0:
+        out.mul_(factor)
+    else:
+        out.mul_(factor - 1.0)
+        matmul_(out, x, linear.weight, tile, beta=1.0)
+        out.addmm_(h, lora.b.t(), alpha=lora.scale)
+    if linear.bias is not None:
+        out.add_(linear.bias)
+
+
+def _dora_backward(
+    dy: Tensor,
+    x: Tensor,
+    linear: Linear,
+    lora: Lora,
+    magnitude: Magnitude,
+    dx: Tensor | None,
+    tile: Tensor,
+    emit: Emit,
+) -> None:
+    """`linear_backward` with a magnitude; the frozen part of u is formed again, tile by tile."""
+    factor, weight = magnitude.factor, linear.weight
+    x_dropped = dropped(x, lora)
+    h = to_rank(x_dropped, lora.a.t()) if lora.h is None else lora_h(x, lora)
+    db = to_rank(dy.t(), h).contiguous().mul_(lora.scale)  # of B, but for c
+    dfactor = (db * lora.b).sum(1)
+    d_dropped, applied = dx, factor
+    if dx is not None and lora.dropout > 0.0:
+        d_dropped, applied = torch.zeros_like(dx), factor - 1.0
+        matmul_t_(dx, dy, weight, tile)
+    step = min(DORA_ROWS, weight.rows_per_tile(tile))
+    scratch = x.new_empty(x.shape[0] * min(step, weight.shape[0]))
+    for start, stop in spans(weight.shape[0], step):
+        rows, part = weight.rows(start, stop, tile), dy[:, start:stop]
+        products = scratch[: part.numel()].view(part.shape)
+        torch.mm(x_dropped, rows.t(), out=products)
+        dfactor[start:stop] += column_dots(products, part)
+        if d_dropped is not None:
+            d_dropped.addmm_(torch.mul(part, applied[start:stop], out=products), rows)
+    dh = to_rank(dy, lora.b * factor.unsqueeze(1)).mul_(lora.scale)
+    da = dh.t() @ x_dropped
+    if dx is not None and d_dropped is not None:
+        d_dropped.addmm_(dh, lora.a)
+        if d_dropped is not dx:
+            add_undropped_(dx, d_dropped, lora)
+    emit(da, db.mul_(factor.unsqueeze(1)), dfactor.div_(magnitude.norm))

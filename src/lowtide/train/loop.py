@@ -22,7 +22,7 @@ from lowtide.model.decoder import Decoder
 
 from .budget import Guard
 from .optim import OPTIMIZERS
-from .order import RecordOrder
+from .order import RecordOrder, batch_rule, largest_batch
 from .run_dir import RunDir
 from .schedule import DEFAULT_ITERS, Schedule
 from .settings import TrainSettings
@@ -223,12 +223,11 @@ class Trainer:
     def _steps(self, run: _Run, meter: MemoryMeter) -> None:
         train, valid, run_dir, observer, history = run
         s = self.settings
-        longest = max(max(train.lengths), 0 if valid is None else max(valid.lengths))
-        self.reserve([longest] * s.batch_size)
-        order = RecordOrder(len(train), s.seed)
+        order = RecordOrder(train, batch_rule(s))
+        self.reserve(largest_batch(s, train, valid))
         self._validate(run, 0)
         for step in range(1, self.iters + 1):
-            micro = [order.take(s.batch_size) for _ in range(s.grad_accumulation_steps)]
+            micro = [order.take() for _ in range(s.grad_accumulation_steps)]
             batches = [batch_of(train, chosen) for chosen in micro]
             self._updating = True
             report = measured_update(self, batches, step, meter)

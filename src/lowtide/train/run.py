@@ -25,6 +25,7 @@ from .budget import within_budget
 from .groups import Groups
 from .loop import Trainer, TrainResult
 from .observers import Quiet, RunObserver
+from .order import batches_in_pass, check_batches, largest_batch
 from .recipe import check_recipe
 from .run_dir import RunDir, check_output, check_space, made_directory
 from .schedule import Schedule, updates_of
@@ -76,15 +77,14 @@ def train(
                 "--early-stopping-patience counts validations, and there is no validation data. "
                 "Give --valid-data or --valid-records."
             )
-        longest = max(max(train_set.lengths), 0 if valid_set is None else max(valid_set.lengths))
         fitting, guard = within_budget(
             settings,
             model,
-            (longest,) * settings.batch_size,
+            largest_batch(settings, train_set, valid_set),
             accumulates=settings.accumulates,
         )
         method = get_method(settings.method, fitting)
-        iters = updates_of(settings, len(train_set))
+        iters = updates_of(settings, batches_in_pass(settings, train_set))
         trainer = Trainer(model, adapter, method, replace(settings, iters=iters), guard)
         observer.on_start(iters)
         with closing(RunDir(directory, settings, settings.model)) as run_dir:
@@ -110,6 +110,7 @@ def check_supported(settings: TrainSettings) -> None:
             "this one with --overwrite."
         )
     check_step(settings)
+    check_batches(settings)
     check_recipe(settings, settings.learning_rate)
     if settings.epochs is None:
         Schedule.of(settings, updates_of(settings, 0))  # refuses a warm-up that is too long

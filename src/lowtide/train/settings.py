@@ -146,6 +146,14 @@ class TrainSettings(RecipeSettings, StepSettings, DataSettings, ModelSettings):
     batch_size: int = setting(
         1, help="sequences per forward and backward", minimum=1, maximum=MAX_BATCH
     )
+    packing: bool = setting(
+        False,
+        help="fill every batch with whole records, up to batch size x max seq length tokens, so "
+        "that all updates take about as long; attention never reaches from one record to another",
+    )
+    group_by_length: bool = setting(
+        False, help="let records of similar length share a batch (with --batch-size above 1)"
+    )
     seed: int = setting(
         0, help="seed of initialisation, order and dropout", minimum=0, maximum=MAX_SEED
     )

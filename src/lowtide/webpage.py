@@ -1,4 +1,4 @@
-"""A report as data (sections of text, tables and figures), and as HTML and Markdown.
+"""A page as data (sections of text, tables and figures), and as HTML and Markdown.
 
 Text may hold `code` between backticks; everything else in it is shown as it is.
 """
@@ -15,7 +15,9 @@ from typing import Any
 
 _LONG = 48
 """Cells of more characters than this are wrapped."""
-_STYLE = Path(__file__).with_name("report.css")
+_STYLE = Path(__file__).with_name("webpage.css")
+# Nothing is loaded from anywhere, and no script runs, whatever text the page shows.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _MARKDOWN_SPECIAL = re.compile(r"([\\`*\[\]|#~])|(?<!\w)(_)|(_)(?!\w)")
 
 
@@ -86,7 +88,14 @@ class Figures:
     figures: Sequence[Figure]
 
 
-Block = Text | Bullets | Table | Figures
+@dataclass(frozen=True)
+class Drawn:
+    """HTML as it stands. Whoever makes it has escaped what is in it."""
+
+    html: str
+
+
+Block = Text | Bullets | Table | Figures | Drawn
 
 
 @dataclass(frozen=True)
@@ -104,10 +113,19 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """The whole report."""
+    """The whole report.
+
+    Attributes:
+        title: its heading.
+        sections: what it says.
+        style: CSS of its own.
+        themed: whether it follows a dark theme; plots that are images cannot.
+    """
 
     title: str
     sections: Sequence[Section]
+    style: str = ""
+    themed: bool = False
 
     def figures(self) -> list[Figure]:
         """Every plot."""
@@ -136,9 +154,10 @@ def to_html(page: Page, plots: Mapping[str, bytes]) -> str:
     )
     title = html.escape(page.title)
     return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<!DOCTYPE html>\n<html lang="en"{" class=themed" if page.themed else ""}><head>'
+        f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title>\n<style>\n{_STYLE.read_text(encoding='utf-8')}</style></head>\n"
+        f"<title>{title}</title>\n<style>\n{_STYLE.read_text(encoding='utf-8')}{page.style}</style></head>\n"
         f"<body><main><h1>{title}</h1>\n<nav><ul>{links}</ul></nav>\n{body}</main></body></html>\n"
     )
 
@@ -150,6 +169,8 @@ def _html_block(block: Block, plots: Mapping[str, bytes]) -> str:
         return f"<ul>{''.join(f'<li>{_inline(item)}</li>' for item in block.items)}</ul>"
     if isinstance(block, Table):
         return _html_table(block)
+    if isinstance(block, Drawn):
+        return block.html
     drawn = "".join(_html_figure(figure, plots[figure.name]) for figure in block.figures)
     return f'<div class="figures">{drawn}</div>'
 
@@ -216,6 +237,8 @@ def _markdown_block(block: Block, link: Callable[[Figure], str]) -> str:
         return "\n".join(f"- {_escaped(item)}" for item in block.items)
     if isinstance(block, Table):
         return _markdown_table(block)
+    if isinstance(block, Drawn):
+        return ""
     return "\n\n".join(
         f"![{_escaped(figure.alt)}]({link(figure)})"
         + (f"\n\n{_escaped(figure.caption)}" if figure.caption else "")

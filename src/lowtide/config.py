@@ -19,7 +19,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from lowtide.errors import ConfigError, listed
+from lowtide.errors import ConfigError, listed, shown
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def build(kind: type[S], given: Mapping[str, Any]) -> S:
     for key, value in given.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            problems.append(f"unknown setting {key!r}{_setting_meant(name, known)}")
+            problems.append(f"unknown setting {shown(key)}{_setting_meant(name, known)}")
             continue
         seen.add(name)
         try:
@@ -155,7 +155,7 @@ def _checked(name: str, value: Any, hint: Any, rule: Rule) -> Any:
         return None
     value = _converted(value, base, rule)
     if not isinstance(value, base) or (base is not bool and isinstance(value, bool)):
-        raise ValueError(f"{name} = {value!r}: expected {_kind_name(base)}")
+        raise ValueError(f"{name} = {shown(value)}: expected {_kind_name(base)}")
     if isinstance(value, str):
         _check_text(name, value, rule)
     elif isinstance(value, int | float):
@@ -179,13 +179,13 @@ def _converted(value: Any, base: type, rule: Rule) -> Any:
 
 def _check_text(name: str, value: str, rule: Rule) -> None:
     if "\0" in value:
-        raise ValueError(f"{name} = {value!r}: expected text without NUL characters")
+        raise ValueError(f"{name} = {shown(value)}: expected text without NUL characters")
     if rule.filled and not value.strip():
         raise ValueError(f"{name} is empty; expected: {rule.help}")
     if rule.choices is not None and value not in rule.choices:
         usual = rule.elsewhere.get(value)
         meant = f"; here it is {usual}" if usual else did_you_mean(value, rule.choices)
-        raise ValueError(f"{name} = {value!r}: choose {', '.join(rule.choices)}{meant}")
+        raise ValueError(f"{name} = {shown(value)}: choose {', '.join(rule.choices)}{meant}")
 
 
 def _check_range(name: str, value: float, rule: Rule) -> None:
@@ -340,13 +340,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing, not YAML, or not a mapping.
     """
-    import yaml
+    from lowtide.plain_yaml import load_plain_yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_plain_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"--config {path}: there is no such file.") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"--config {path} cannot be read as YAML: {error}") from error
     if content is None:
         return {}

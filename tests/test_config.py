@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from lowtide.config import build, from_command_line, parser_for, read_yaml, setting, to_yaml
+from lowtide.config import build, given_values, parser_for, setting
 from lowtide.errors import ConfigError
+from lowtide.settings_file import read_yaml, to_yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class Settings(Inherited):
 
 
 def parse(*argv: str) -> Settings:
-    return from_command_line(Settings, parser_for(Settings, "prog", "").parse_strictly(argv))
+    return build(Settings, given_values(parser_for(Settings, "prog", "").parse_strictly(argv)))
 
 
 def test_flags_yaml_and_keywords_give_the_same_settings(tmp_path: Path) -> None:

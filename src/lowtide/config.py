@@ -19,7 +19,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from lowtide.elsewhere import ELSEWHERE
 from lowtide.errors import ConfigError, listed, shown
+from lowtide.settings_file import read_yaml
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,14 @@ class Rule:
     """Text must not be empty."""
     listed: bool = False
     """Text that may come as a list, which is joined by commas."""
+    mapped: bool = False
+    """Text that may come as a mapping, which becomes `key=value` pairs joined by commas."""
     elsewhere: Mapping[str, str] = field(default_factory=dict)
     """What other programs call a choice -> what to give here; used in suggestions only."""
     metavar: str | None = None
     """What `--help` shows for the value, where the type does not say."""
+    changeable: bool = False
+    """Whether a resumed run may have another value and still be the same run."""
 
 
 def setting(default: Any = MISSING, **rule: Any) -> Any:
@@ -88,40 +94,6 @@ def build(kind: type[S], given: Mapping[str, Any]) -> S:
     return kind(**values)
 
 
-ELSEWHERE = {
-    "lr": "learning_rate",
-    "rank": "lora_r",
-    "r": "lora_r",
-    "alpha": "lora_alpha",
-    "dropout": "lora_dropout",
-    "steps": "iters",
-    "max_steps": "iters",
-    "max_length": "max_seq_length",
-    "seq_len": "max_seq_length",
-    "out": "adapter_path",
-    "output_dir": "adapter_path",
-    "adapter": "adapter_path",
-    "max_new_tokens": "max_tokens",
-    "gradient_accumulation_steps": "grad_accumulation_steps",
-    "optim": "optimizer",
-    "num_train_epochs": "epochs",
-    "lr_scheduler_type": "lr_schedule",
-    "lr_scheduler": "lr_schedule",
-    "warmup": "warmup_steps",
-    "num_warmup_steps": "warmup_steps",
-    "clip_grad_norm": "max_grad_norm",
-    "grad_clip": "max_grad_norm",
-    "adam_beta1": "beta1",
-    "adam_beta2": "beta2",
-    "adam_epsilon": "adam_eps",
-    "lora_plus_ratio": "loraplus_lr_ratio",
-    "loraplus_ratio": "loraplus_lr_ratio",
-    "patience": "early_stopping_patience",
-    "early_stopping_threshold": "early_stopping_min_delta",
-}
-"""What other programs call a setting -> what it is called here; used in suggestions only."""
-
-
 def _setting_meant(name: str, known: Mapping[str, Any]) -> str:
     usual = ELSEWHERE.get(name)
     if usual is not None and usual in known:
@@ -145,7 +117,7 @@ def _base_type(hint: Any) -> tuple[type, bool]:
     if isinstance(hint, types.UnionType):
         plain = [arg for arg in typing.get_args(hint) if arg is not type(None)]
         return plain[0], len(plain) < len(typing.get_args(hint))
-    return hint, False
+    return typing.get_origin(hint) or hint, False
 
 
 def _checked(name: str, value: Any, hint: Any, rule: Rule) -> Any:
@@ -153,6 +125,8 @@ def _checked(name: str, value: Any, hint: Any, rule: Rule) -> Any:
     base, optional = _base_type(hint)
     if value is None and optional:
         return None
+    if base is tuple:
+        return _texts(name, value, rule)
     value = _converted(value, base, rule)
     if not isinstance(value, base) or (base is not bool and isinstance(value, bool)):
         raise ValueError(f"{name} = {shown(value)}: expected {_kind_name(base)}")
@@ -174,7 +148,19 @@ def _converted(value: Any, base: type, rule: Rule) -> Any:
         return str(value)
     if base is str and rule.listed and isinstance(value, list | tuple):
         return ",".join(map(str, value))
+    if base is str and rule.mapped and isinstance(value, Mapping):
+        return ",".join(f"{key}={one}" for key, one in value.items())
     return value
+
+
+def _texts(name: str, value: Any, rule: Rule) -> tuple[str, ...]:
+    """Several texts, of which one may stand alone."""
+    values = value if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(one, str) for one in values):
+        raise ValueError(f"{name} = {shown(value)}: expected text, or a list of texts")
+    for one in values:
+        _check_text(name, one, rule)
+    return tuple(values)
 
 
 def _check_text(name: str, value: str, rule: Rule) -> None:
@@ -251,6 +237,8 @@ def parser_for(kind: type, prog: str, description: str) -> Parser:
         options["help"] = text.replace("%", "%%")
         if base is bool:
             options["action"] = argparse.BooleanOptionalAction
+        elif base is tuple:
+            options |= {"action": "append", "metavar": "TEXT"}
         else:
             options["type"] = _converter(base)
             options["metavar"] = _metavar(base, rule)
@@ -287,6 +275,8 @@ def _metavar(base: type, rule: Rule) -> str:
         return "|".join(rule.choices)
     if rule.listed:
         return "LIST"
+    if rule.mapped:
+        return "KEY=VALUE,..."
     return "PATH" if rule.filled else {int: "N", float: "X"}.get(base, "TEXT")
 
 
@@ -303,60 +293,27 @@ def _converter(base: type) -> Any:
 
 
 def _shown(default: Any) -> str:
+    if default == ():
+        return "none"
     words = {None: "none", True: "yes", False: "no"}
     return words[default] if default is None or isinstance(default, bool) else str(default)
 
 
-def from_command_line(kind: type[S], parsed: argparse.Namespace) -> S:
-    """Settings from the `--config` file and the flags, which win.
+def given_values(parsed: argparse.Namespace) -> dict[str, Any]:
+    """What the `--config` file and the flags, which win, say; defaults are not among them.
 
     Args:
-        kind: the settings dataclass.
         parsed: what the parser of `parser_for` returned.
 
     Returns:
-        The settings.
+        Values by field name.
 
     Raises:
-        ConfigError: the file cannot be read, or `build` refuses a value.
+        ConfigError: the file cannot be read.
     """
     given = dict(vars(parsed))
     given.pop("json")
     path = given.pop("config")
     from_file = read_yaml(Path(path)) if path is not None else {}
     normal = {str(key).replace("-", "_"): value for key, value in from_file.items()}
-    return build(kind, {**normal, **given})
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The mapping; empty for an empty file.
-
-    Raises:
-        ConfigError: the file is missing, not YAML, or not a mapping.
-    """
-    from lowtide.plain_yaml import load_plain_yaml
-
-    try:
-        content = load_plain_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"--config {path}: there is no such file.") from error
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--config {path} cannot be read as YAML: {error}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"--config {path} holds {type(content).__name__}; expected key: value.")
-    return content
-
-
-def to_yaml(settings: Any) -> str:
-    """The settings as YAML that `--config` reads back."""
-    import yaml
-
-    return str(yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False, allow_unicode=True))
+    return {**normal, **given}

@@ -33,6 +33,25 @@ class _Loader(yaml.SafeLoader):
         return found
 
 
+class _Dumper(yaml.SafeDumper):
+    """The safe dumper; a value that is there twice is written twice."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def dump_plain_yaml(document: Any) -> str:
+    """A document as YAML that `load_plain_yaml` reads back.
+
+    Args:
+        document: of plain values.
+
+    Returns:
+        The text.
+    """
+    return str(yaml.dump(document, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+
+
 def load_plain_yaml(text: str) -> Any:
     """The one document in a text.
 

@@ -20,7 +20,7 @@ from lowtide.bench.predict import needed_bytes
 from lowtide.bench.quality_case import QualitySettings
 from lowtide.bench.results import GROUPS, label
 from lowtide.bench.step import BenchStepSettings
-from lowtide.config import build, from_command_line, parser_for
+from lowtide.config import build, given_values, parser_for
 from lowtide.errors import ConfigError
 from lowtide.methods import check_options
 from lowtide.train.settings import TrainSettings
@@ -61,7 +61,7 @@ def test_every_case_is_a_command_that_is_understood(quick: bool) -> None:
             given["adapter_path"] = "somewhere"
         kind = kinds[case.kind]
         parsed = parser_for(kind, "test", "test").parse_strictly(flags_of(given))
-        settings = from_command_line(kind, parsed)
+        settings = build(kind, given_values(parsed))
         if case.kind in ("step", "timeline"):
             check_options(settings.method, settings)
 

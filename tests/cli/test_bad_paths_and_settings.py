@@ -55,7 +55,10 @@ def train(model: Path, data: Path, out: object, *more: object) -> small.Outcome:
         (["--max-seq-length", "1"], ["max_seq_length = 1: expected at least 2"]),
         (["--max-seq-length", "65"], ["--max-seq-length 65", "64 positions", "64 or less"]),
         (["--compute-dtype", "bfloat16"], ["choose float32, float64"]),
-        (["--resume"], ["--resume is not supported yet", "--overwrite"]),
+        (["--resume"], ["is not a directory", "Start the run without --resume"]),
+        (["--resume-anyway"], ["--resume-anyway is for --resume, which is not given"]),
+        (["--keep-checkpoints", "0"], ["keep_checkpoints = 0: expected at least 1"]),
+        (["--save-minutes", "0"], ["save_minutes = 0.0: expected more than 0"]),
         (["--valid-data", "x.jsonl", "--valid-records", "2"], ["--valid-records, not both"]),
         (["--valid-records", "24"], ["too few records to hold out 24"]),
         (["--itres", "5"], ["unknown argument '--itres'; did you mean '--iters'?"]),
@@ -250,7 +253,7 @@ def test_too_small_a_disk_is_found_before_the_data_is_read(
     refused(
         train(model, tmp_path / "no data", tmp_path / "out"),
         "has 1.0 MB free",
-        "needs 1.1 MB (two copies of 0.0 MB)",
+        "3 checkpoints of 0.1 MB need 1.3 MB",
         "Free some space",
     )
     with pytest.raises(OutputError, match=r"has 1.0 MB free"):

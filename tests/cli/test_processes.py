@@ -63,9 +63,9 @@ def test_ctrl_c_while_training_saves_the_adapter(model: Path, data: Path, tmp_pa
     assert err == ""
     assert "interrupted after" in text
     assert "Traceback" not in text
-    assert set(small.tree(out)) == {
+    assert set(os.listdir(out)) == {
         "adapter_model.safetensors", "adapter_config.json", "run.yaml", "metrics.jsonl",
-        "events.jsonl",
+        "events.jsonl", "checkpoints",
     }  # fmt: skip
     loaded = lt.Adapter.load(out, lt.load_model(model))
     assert any(bool(p.any()) for name, p in loaded.items() if ".lora_B." in name)

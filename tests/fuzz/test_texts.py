@@ -16,7 +16,7 @@ from judging import QUICK, Judge, inputs
 from mutate import broken, documents, texts
 from small import CHATML, write_small_tokenizer
 
-from lowtide.config import from_command_line, parser_for
+from lowtide.config import build, given_values, parser_for
 from lowtide.data.cache import CacheWriter, TokenDataset
 from lowtide.data.encode import Encoder
 from lowtide.data.formats import iter_records
@@ -187,6 +187,7 @@ def test_many_records(
     _records(found, mask, judge, tmp_path, encoders)
 
 
+PARSER = parser_for(TrainSettings, "lowtide train", "")
 SETTINGS: dict[str, Any] = {
     "model": "some/model",
     "data": "data",
@@ -241,9 +242,8 @@ def settings_files(draw: st.DrawFn) -> bytes:
 
 def _settings(raw: bytes, judge: Judge, directory: Path) -> None:
     (directory / "run.yaml").write_bytes(raw)
-    parser = parser_for(TrainSettings, "lowtide train", "")
-    parsed = parser.parse_strictly(["--config", str(directory / "run.yaml")])
-    judge(lambda: from_command_line(TrainSettings, parsed))
+    parsed = PARSER.parse_strictly(["--config", str(directory / "run.yaml")])
+    judge(lambda: build(TrainSettings, given_values(parsed)))
 
 
 @given(raw=settings_files())

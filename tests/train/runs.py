@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +11,22 @@ import small
 from safetensors.torch import load_file
 
 import lowtide as lt
-from lowtide.train.loop import TrainResult
+from lowtide.train.history import TrainResult
 
-FILES = {
-    "adapter_model.safetensors",
-    "adapter_config.json",
-    "run.yaml",
-    "metrics.jsonl",
-    "events.jsonl",
-}
+WEIGHTS = "adapter_model.safetensors"
+LOGS = {"metrics.jsonl", "events.jsonl"}
+FILES = {WEIGHTS, "adapter_config.json", "run.yaml", "checkpoints", *LOGS}
+CHECKPOINT = {WEIGHTS, "adapter_config.json", "optimizer.safetensors", "state.json"}
+
+
+def assert_tidy(out: Path, best: bool = False) -> None:
+    """A run directory holds its files, whole checkpoints and nothing hidden."""
+    assert set(os.listdir(out)) == FILES | ({"best"} if best else set())
+    for checkpoint in (out / "checkpoints").iterdir():
+        assert re.fullmatch(r"step-\d+", checkpoint.name)
+        assert set(os.listdir(checkpoint)) == CHECKPOINT
+    if best:
+        assert set(os.listdir(out / "best")) == {WEIGHTS, "adapter_config.json"}
 
 
 def train(model: Path, data: Path, out: Path, observer: Any = None, **given: Any) -> TrainResult:

@@ -14,7 +14,7 @@ from runs import train
 from lowtide.errors import LowtideWarning, TrainingError
 from lowtide.runs.lines import Lines, number
 from lowtide.runs.processes import process_identity
-from lowtide.train.loop import StepReport
+from lowtide.train.history import StepReport
 from lowtide.train.observers import Cost, Quiet
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import small
 import torch
-from runs import FILES, finite_loss, is_untrained, train
+from runs import assert_tidy, finite_loss, is_untrained, train
 from safetensors.torch import load_file, save_file
 
 import lowtide as lt
 from lowtide.errors import TrainingError
-from lowtide.train.loop import StepReport, Trainer
+from lowtide.train.history import StepReport
+from lowtide.train.loop import Trainer
 from lowtide.train.run import Quiet
 
 
@@ -82,7 +83,7 @@ def test_a_rate_that_is_far_too_high_leaves_a_good_adapter(
     assert "lowtide: training stopped at step 2: the loss is nan" in outcome.err
     assert "Lower --learning-rate" in outcome.err
     assert f"The adapter in {out} is that of step 0." in outcome.err
-    assert set(small.tree(out)) == FILES
+    assert_tidy(out)
     assert finite_loss(model, data, out) < 20
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 1
 
@@ -95,7 +96,7 @@ def test_the_last_update_is_proved_too(
     with pytest.raises(TrainingError, match="that of step 0"):
         train(model, data, tmp_path / "out", iters=1, optimizer="sgd", learning_rate=1e30, **more)
     assert is_untrained(tmp_path / "out")
-    assert set(small.tree(tmp_path / "out")) == FILES
+    assert_tidy(tmp_path / "out", best=valid)
 
 
 def test_the_adapter_of_the_last_good_save_is_put_back(
@@ -110,7 +111,8 @@ def test_the_adapter_of_the_last_good_save_is_put_back(
                 trainers[-1].adapter.parameters[name].fill_(float("nan"))
 
         def on_save(self, step: int) -> None:
-            kept[step] = (out / "adapter_model.safetensors").read_bytes()
+            saved = out / "checkpoints" / f"step-{step}" / "adapter_model.safetensors"
+            kept[step] = saved.read_bytes()
 
     trainers: list[Trainer] = []
     name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
@@ -126,7 +128,7 @@ def test_the_adapter_of_the_last_good_save_is_put_back(
             train(model, data, out, observer=Breaks(), save_every=1, iters=9)
     assert sorted(kept) == [1, 2, 3]
     assert (out / "adapter_model.safetensors").read_bytes() == kept[2]
-    assert set(small.tree(out)) == FILES
+    assert_tidy(out)
 
 
 def test_a_model_that_holds_nan_is_found_at_once(model: Path, data: Path, tmp_path: Path) -> None:

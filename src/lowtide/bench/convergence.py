@@ -11,7 +11,7 @@ from lowtide.command import lowtide_command
 from lowtide.demo.assets import asset_dir
 from lowtide.demo.household import FINE_TUNING, write_data
 from lowtide.errors import LowtideError
-from lowtide.train.run_dir import METRICS_FILE
+from lowtide.train.output import METRICS_FILE
 
 from .child import flags_of, run_child
 from .shapes import DEMO_MODEL

@@ -85,4 +85,5 @@ def _part(places: list[Place], operation: str) -> str:
         return whole
     if any(place.module.startswith(_TILES) for place in places):
         return "widening"
-    return "products" if "mm" in operation else "elementwise"
+    product = "mm" in operation or any(place.module == "ops.products" for place in places)
+    return "products" if product else "elementwise"

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -20,8 +20,10 @@ from lowtide.model.adapter import Adapter
 from lowtide.model.batch import Batch
 from lowtide.model.decoder import Decoder
 from lowtide.model.flops import step_flops
+from lowtide.ops.products import product_
 from lowtide.train.budget import within_budget
-from lowtide.train.loop import StepReport, Trainer, measured_update
+from lowtide.train.history import StepReport
+from lowtide.train.loop import Trainer, measured_update
 from lowtide.train.optim import OPTIMIZERS
 from lowtide.train.run import check_length, open_model
 from lowtide.train.settings import ModelSettings, StepSettings, TrainSettings, check_step
@@ -122,7 +124,9 @@ def bench_step(
     check_length(model, settings.seq_len)
     lengths = (settings.seq_len,) * settings.batch_size
     settings, guard = within_budget(settings, model, lengths)
-    adapter = Adapter.create(model, settings.lora_config(), settings.seed, settings.rounded_dtype)
+    adapter = Adapter.create(
+        model, settings.lora_config(model.spec), settings.seed, settings.rounded_dtype
+    )
     method = get_method(settings.method, settings)
     trainer = Trainer(model, adapter, method, train_settings(at), guard)
     trainer.reserve(lengths)
@@ -135,28 +139,34 @@ def bench_step(
 
         reports = [update() for _ in range(settings.steps + 1)]
         # Steps of their own: what the products leave with malloc would show in a step's peak.
-        rates = [product_rate(model, sum(lengths))]
+        rates = [product_rates(model, sum(lengths))]
         paired: list[StepReport] = []
         for _ in range(min(settings.steps, _PAIRED_STEPS)):
             paired.append(update())
-            rates.append(product_rate(model, sum(lengths)))
+            rates.append(product_rates(model, sum(lengths)))
         split = time_split(update) if settings.time_split else None
     warmup, measured = reports[0], reports[1:]
     flops = step_flops(model.spec, adapter.config, lengths, measured[0].n_tokens)
     median = _median(measured)
     utilization = [
-        flops / (report.wall_s * (before + after) / 2)
-        for report, (before, after) in zip(paired, pairwise(rates), strict=True)
+        [
+            flops / (report.wall_s * (before + after) / 2)
+            for before, after in zip(*pair, strict=True)
+        ]
+        for report, pair in zip(paired, pairwise(rates), strict=True)
     ]
+    by_torch, by_fastest = (statistics.median(each) for each in zip(*utilization, strict=True))
     return {
         **described(settings),
         "n_adapter_parameters": adapter.n_parameters,
         "adapter_sha256": adapter_digest(adapter),
         "threads": torch.get_num_threads(),
         **median,
-        "gemm_utilization": statistics.median(utilization),
+        "gemm_utilization": by_torch,
+        "product_utilization": by_fastest,
         "minimal_flops": flops,
-        "product_flops_per_s": statistics.median(rates),
+        "gemm_flops_per_s": statistics.median(rate.by_torch for rate in rates),
+        "product_flops_per_s": statistics.median(rate.by_fastest for rate in rates),
         "time_split_s": split,
         "budget_bytes": None if guard is None else guard.budget_bytes,
         "steps": [asdict(report) for report in measured],
@@ -206,8 +216,15 @@ def _median(reports: list[StepReport]) -> dict[str, Any]:
     return {name: int(v) if name.endswith("_bytes") else v for name, v in middle.items()}
 
 
-def product_rate(model: Decoder, tokens: int) -> float:
-    """FLOP/s of float32 products on the model's own shapes, measured now.
+class Rates(NamedTuple):
+    """FLOP/s of float32 products: of `torch.mm`, and of the faster of it and `ops.products`."""
+
+    by_torch: float
+    by_fastest: float
+
+
+def product_rates(model: Decoder, tokens: int) -> Rates:
+    """FLOP/s of products on the model's own shapes, measured now.
 
     The MLP's products, whole and in the compute dtype: what a step would run at if it did nothing
     else. Random operands, repeated for about half a second: a machine's speed drifts, so it is
@@ -221,10 +238,16 @@ def product_rate(model: Decoder, tokens: int) -> float:
     ]
     x, weight, out = (torch.randn(shape, dtype=dtype) for shape in shapes)
     per_call = 2 * tokens * spec.hidden_size * spec.intermediate_size
+    by_torch = per_call / _median_seconds(lambda: torch.mm(x, weight.t(), out=out))
+    ours = per_call / _median_seconds(lambda: product_(out, x, weight.t()))
+    return Rates(by_torch, max(by_torch, ours))
+
+
+def _median_seconds(call: Callable[[], object]) -> float:
     times: list[float] = []
-    stop = time.perf_counter() + _RATE_SECONDS
+    stop = time.perf_counter() + _RATE_SECONDS / 2
     while time.perf_counter() < stop or len(times) < 3:
         start = time.perf_counter()
-        torch.mm(x, weight.t(), out=out)
+        call()
         times.append(time.perf_counter() - start)
-    return per_call / statistics.median(times)
+    return statistics.median(times)

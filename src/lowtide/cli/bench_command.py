@@ -68,7 +68,10 @@ def _step(argv: Sequence[str], name: str, text: str) -> int:
     )
     for number, step in enumerate([result["warmup_step"], *result["steps"]]):
         output.say(_line("warm-up" if number == 0 else f"step {number}", step))
-    output.say(_line("median", result) + f"  gemm_utilization {result['gemm_utilization']:.2f}")
+    output.say(
+        _line("median", result) + f"  gemm_utilization {result['gemm_utilization']:.2f}  "
+        f"product_utilization {result['product_utilization']:.2f}"
+    )
     if result["time_split_s"] is not None:
         output.say(_split_line(result["time_split_s"]))
     output.result(result)

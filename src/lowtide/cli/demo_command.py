@@ -17,7 +17,7 @@ from lowtide.demo.requests import Example, exact_match
 from lowtide.model.adapter import Adapter
 from lowtide.model.decoder import load_model
 from lowtide.model.threads import set_threads
-from lowtide.train.run_dir import check_output
+from lowtide.train.output import check_output
 
 from .output import Output, duration, megabytes, settings_of
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO, TypeVar
 
-from lowtide.config import from_command_line, parser_for
+from lowtide.config import build, given_values, parser_for
 from lowtide.runs.lines import finite
 
 S = TypeVar("S")
@@ -67,7 +67,7 @@ def settings_of(
         ConfigError: an argument, a key of --config or a value is wrong.
     """
     parsed = parser_for(kind, f"lowtide {command}", description).parse_strictly(argv)
-    return from_command_line(kind, parsed), Output(parsed.json)
+    return build(kind, given_values(parsed)), Output(parsed.json)
 
 
 def megabytes(count: float) -> str:

@@ -25,7 +25,7 @@ def run(argv: Sequence[str]) -> int:
     question = Question(settings, open_model(settings))
     plan, others, longest = question.plan(), question.alternatives(), question.longest()
     output.say(
-        f"{settings.method}, {question.work.tokens:,} tokens, LoRA r={settings.lora_r}, "
+        f"{settings.method}, {question.work.tokens:,} tokens, {question.work.config.in_words()}, "
         f"{settings.optimizer}: {_name(plan)}"
     )
     for kind, count in sorted(plan.by_kind.items(), key=lambda item: -item[1]):
@@ -79,7 +79,7 @@ def _about_the_optimizer(settings: PlanSettings, work: Workload) -> list[str]:
     else:
         applied = (
             "the optimiser is applied in the backward, to each gradient as it comes; summing them "
-            f"first (--grad-accumulation-steps, --max-grad-norm) takes {gradients} more"
+            f"first (--grad-accumulation-steps, --clip-mode accumulate) takes {gradients} more"
         )
     in_use = f"in use: --optimizer-state {settings.optimizer_state}"
     in_use += f" --adapter-dtype {settings.adapter_dtype}, optimiser {held}"

@@ -6,16 +6,19 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from shlex import quote
 
+from lowtide.config import given_values, parser_for
 from lowtide.data.prepare import PrepareReport
 from lowtide.infer.evaluate import Evaluation
 from lowtide.model.adapter import Adapter
 from lowtide.model.decoder import Decoder
-from lowtide.train.loop import StepReport, TrainResult
-from lowtide.train.observers import Quiet
+from lowtide.model.spec import ModelSpec
+from lowtide.train.history import StepReport, TrainResult
+from lowtide.train.observers import Quiet, Sample
+from lowtide.train.resume import Resumption, settle
 from lowtide.train.run import train
 from lowtide.train.settings import TrainSettings
 
-from .output import Output, count, duration, megabytes, settings_of
+from .output import Output, count, duration, megabytes
 
 _DESCRIPTION = (
     "Fine-tune a LoRA adapter. Writes PEFT's adapter_model.safetensors and adapter_config.json, "
@@ -25,7 +28,8 @@ _DESCRIPTION = (
 
 def run(argv: Sequence[str]) -> int:
     """Train; exit code 130 when interrupted, with the adapter saved."""
-    settings, output = settings_of(TrainSettings, "train", _DESCRIPTION, argv)
+    parsed = parser_for(TrainSettings, "lowtide train", _DESCRIPTION).parse_strictly(argv)
+    settings, output = settle(given_values(parsed)), Output(parsed.json)
     output.goes_on = True  # a closed terminal or pipe must not cost a long run
     progress = Progress(settings, output)
     try:
@@ -48,8 +52,18 @@ class Progress(Quiet):
         self._settings, self._output = settings, output
         self._bar: _Bar | None = None
         self._iters = 0
-        self._wall = 0.0
+        self._wall, self._step = 0.0, 0
+        self._first = 1
         self._recent: list[StepReport] = []
+
+    def on_resume(self, resumption: Resumption) -> None:
+        """Say where the run goes on, and what is no longer as it was."""
+        for text in resumption.damaged:
+            self._output.say(f"damaged  {text}; the one before is used")
+        self._output.say(f"resumed  {resumption.checkpoint.directory}")
+        for text in resumption.changes:
+            self._output.say(f"changed  {text}")
+        self._first = resumption.step + 1
 
     def on_model(self, model: Decoder, adapter: Adapter) -> None:
         """Say what is trained."""
@@ -60,8 +74,8 @@ class Progress(Quiet):
             f"{megabytes(model.checkpoint.nbytes)})"
         )
         self._output.say(
-            f"adapter  LoRA r={adapter.config.r} on {', '.join(_short(adapter))}: "
-            f"{count(adapter.n_parameters)} parameters"
+            f"adapter  {adapter.config.in_words()} on {', '.join(_short(adapter))}"
+            f"{_layers(adapter, spec)}: {count(adapter.n_parameters)} parameters"
         )
 
     def on_data(self, report: PrepareReport) -> None:
@@ -72,18 +86,22 @@ class Progress(Quiet):
     def on_start(self, iters: int) -> None:
         """Set up the bar, where there is a terminal."""
         self._iters = iters
+        if self._first > iters:
+            self._output.say(f"all {iters} updates are made; --iters or --epochs goes on")
         if self._output.stream.isatty():
             self._bar = _Bar(iters, self._output)
 
     def on_step(self, report: StepReport) -> None:
         """Advance the bar, or print a line now and then."""
         self._wall += report.wall_s
+        self._step = report.step
         self._recent.append(report)
-        left = (self._iters - report.step) * self._wall / report.step
+        made = report.step - self._first + 1
+        left = (self._iters - report.step) * self._wall / made
         due = report.step % self._settings.steps_per_report == 0
         if self._bar is not None:
             self._bar.advance(report, left)
-        elif due or report.step in (1, self._iters):
+        elif due or report.step in (self._first, self._iters):
             loss = sum(r.loss * r.n_tokens for r in self._recent) / sum(
                 r.n_tokens for r in self._recent
             )
@@ -109,12 +127,21 @@ class Progress(Quiet):
         )
 
     def on_save(self, step: int) -> None:
-        """Print where the adapter went."""
-        self._output.say(f"step {step}: adapter saved to {self._settings.adapter_path}")
+        """Print where the checkpoint went."""
+        self._output.say(f"step {step}: saved to {self._settings.adapter_path}")
+
+    def on_sample(self, sample: Sample) -> None:
+        """Print it, in short."""
+        self._output.say(f"step {sample.step}: {sample.prompt!r} -> {sample.text!r}")
+
+    def on_pause(self, reason: str | None) -> None:
+        """Say why the run pauses, and that it goes on."""
+        step = self._step
+        self._output.say(f"paused after step {step}: {reason}" if reason else "going on")
 
     def on_stopping(self) -> None:
-        """Say that Ctrl-C was heard."""
-        self._output.say("\nfinishing this update, then saving; Ctrl-C again stops at once")
+        """Say that a signal was heard."""
+        self._output.say("\nfinishing this update, then saving; once more stops at once")
 
     def close(self) -> None:
         """Take the bar off the terminal."""
@@ -152,6 +179,14 @@ class _Bar:
         """Stop drawing."""
         if self._started:
             self._progress.stop()
+
+
+def _layers(adapter: Adapter, spec: ModelSpec) -> str:
+    """Which blocks are adapted, where not all are."""
+    layers = adapter.config.layers(spec)
+    if len(layers) == spec.num_layers:
+        return ""
+    return f" of {len(layers)} of {spec.num_layers} blocks (from {layers[0]} to {layers[-1]})"
 
 
 def _short(adapter: Adapter) -> list[str]:

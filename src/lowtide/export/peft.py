@@ -60,9 +60,13 @@ def save_adapter(adapter: Adapter, directory: Path, base_model: str | None = Non
         raise OutputError(
             f"{directory} cannot be made: {error.strerror}. Choose another directory."
         ) from error
-    text = json.dumps(adapter_config(adapter, base_model), indent=2) + "\n"
     write_safetensors(directory / WEIGHTS_FILE, adapter.parameters)
-    write_atomically(directory / CONFIG_FILE, [text.encode()])
+    write_atomically(directory / CONFIG_FILE, [config_text(adapter, base_model)])
+
+
+def config_text(adapter: Adapter, base_model: str | None) -> bytes:
+    """adapter_config.json as it is written."""
+    return (json.dumps(adapter_config(adapter, base_model), indent=2) + "\n").encode()
 
 
 def adapter_config(adapter: Adapter, base_model: str | None) -> dict[str, Any]:

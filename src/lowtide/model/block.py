@@ -154,7 +154,7 @@ def _attend(
     targets = (*raw, v) if raw else (q, k, v)
     linears = with_one_h(n, (block.q, block.k, block.v))
     for linear, out in zip(linears, targets, strict=True):
-        linear_forward(n, linear, out, ws.tile)
+        linear_forward(n, linear, out, ws.linear_tile)
     stats = []
     for before, after, weight in zip(raw, (q, k), (block.norms.q, block.norms.k), strict=False):
         assert weight is not None
@@ -197,10 +197,10 @@ def _add_attention(out: Tensor, attended: Tensor, block: Block, ws: Workspace) -
     """`out += s post_a(attended Wo^T)`."""
     weight = block.norms.after_attention
     if not _apart(block.o, weight, block):
-        linear_forward(attended, block.o, out, ws.tile, beta=1.0)
+        linear_forward(attended, block.o, out, ws.linear_tile, beta=1.0)
         return
     branch, n = ws.wide(4, *out.shape), ws.wide(0, *out.shape)
-    linear_forward(attended, block.o, branch, ws.tile)
+    linear_forward(attended, block.o, branch, ws.linear_tile)
     _add_branch(out, branch, weight, block, n)
 
 
@@ -339,10 +339,10 @@ def _attention_backward(
     n, dn = ws.wide(0, tokens, hidden), ws.wide(4, tokens, hidden)
     weight = block.norms.after_attention
     if weight is not None:
-        linear_forward(o, block.o, n, ws.tile)
+        linear_forward(o, block.o, n, ws.linear_tile)
     db = _branch_gradient(dy, n, weight, block, dn)
     do = ws.wide(3, tokens, q.shape[1]).zero_()
-    linear_backward(db, o, block.o, do, ws.tile, emit=grads.of("o"))
+    linear_backward(db, o, block.o, do, ws.linear_tile, emit=grads.of("o"))
     dk, dv = ws.narrow(2, tokens), ws.narrow(3, tokens)
     attention_backward(
         do, q, k, v, o, lse, block.heads, at.segments, dk=dk, dv=dv, scores=ws.scores
@@ -361,6 +361,6 @@ def _attention_backward(
         dx = dn.zero_() if input_gradient else None
     linears = with_one_h(n, (block.q, block.k, block.v))
     for role, linear, dout in zip("qkv", linears, (q, dk, dv), strict=True):
-        linear_backward(dout, n, linear, dx, ws.tile, emit=grads.of(role))
+        linear_backward(dout, n, linear, dx, ws.linear_tile, emit=grads.of(role))
     if input_gradient and before_attention is not None and attended.rstd is not None:
         rmsnorm_backward_(dy, dn, x, before_attention, attended.rstd, scratch=n)

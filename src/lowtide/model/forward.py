@@ -15,6 +15,7 @@ from lowtide.ops.rmsnorm import rmsnorm_backward_, rmsnorm_forward
 from .batch import Batch
 from .block import Block, Kept, Positions, block_forward
 from .decoder import Decoder
+from .neftune import Noise
 from .workspace import Workspace
 
 
@@ -117,13 +118,20 @@ def embed(model: Decoder, ids: Tensor, out: Tensor) -> None:
     _scale_(out, model.spec.embedding_scale)
 
 
+def embed_batch(model: Decoder, batch: Batch, out: Tensor, noise: Noise | None) -> None:
+    """`embed` the batch's tokens, with this micro-batch's noise on them if there is any."""
+    embed(model, batch.ids, out)
+    if noise is not None:
+        noise.add_(out, batch.lengths, model.spec)
+
+
 def head_logits(model: Decoder, x: Tensor, ws: Workspace) -> Tensor:
     """Full logits `(T, V)` of the last block's output `x (T, H)`: for generation and tests."""
     n = ws.wide(0, *x.shape)
     rmsnorm_forward(x, model.final_norm, model.spec.rms_norm_eps, out=n)
     _scale_(n, model.spec.logit_scale)
     out = x.new_empty(x.shape[0], model.spec.vocab_size)
-    matmul_(out, n, model.head, ws.tile)
+    matmul_(out, n, model.head, ws.linear_tile)
     cap = model.spec.logit_softcap
     return softcap_(out, cap) if cap else out
 

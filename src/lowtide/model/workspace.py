@@ -24,6 +24,7 @@ from lowtide.ops.attention import score_elements
 from lowtide.ops.cross_entropy import LossBuffers
 from lowtide.ops.fused_attention import available
 from lowtide.ops.glu import GluBuffers
+from lowtide.ops.products import goes_to_onednn
 
 from .spec import ModelSpec
 
@@ -45,7 +46,18 @@ def mlp_tile_width(spec: ModelSpec, tokens: int, tiles: str = "full") -> int:
     by_weight = _TILE_ELEMENTS // spec.hidden_size
     by_tokens = max(320, _ACTIVATION_ELEMENTS // max(1, tokens))
     width = max(_MIN_WIDTH, min(by_weight, by_tokens, _MAX_WIDTH) // TILES[tiles])
-    return min(width, spec.intermediate_size)
+    width = min(width, spec.intermediate_size)
+    if not goes_to_onednn():
+        return width
+    # Each size that the tiles of a width leave over is another shape of every product.
+    near = range(min(5 * width // 4, spec.intermediate_size), width // 2, -1)
+    return min(near, key=lambda w: (w % 16 > 0, len(_tile_sizes(spec, w))))
+
+
+def _tile_sizes(spec: ModelSpec, width: int) -> set[int]:
+    """Rows of the tiles that the matrices of a model are cut into, `width` rows at a time."""
+    rows = (spec.intermediate_size, spec.hidden_size, spec.q_width, spec.kv_width, spec.vocab_size)
+    return {min(width, count) for count in rows} | {count % width for count in rows} - {0}
 
 
 def score_capacity(spec: ModelSpec, max_length: int) -> int:
@@ -97,13 +109,15 @@ class Workspace:
         # One row of o's matrix must fit, also where heads are wider than such a tile.
         half = max(width * hidden, -(-spec.q_width // 2))
         self.tile = torch.empty(2 * half, dtype=dtype)
+        # As many rows as the MLP's tiles have, where each shape of a product costs memory.
+        self.linear_tile = self.tile[:half] if goes_to_onednn() else self.tile
         self._columns = torch.empty(4 * width * max_tokens, dtype=dtype)
         scores = score_capacity(spec, max_length)
         self.scores = [torch.empty(scores, dtype=dtype) for _ in range(2)]
         self.glu = GluBuffers(
             tiles=self.tile.chunk(2), activations=self._columns.chunk(4), width=width
         )
-        self.loss = LossBuffers(tile=self.tile, logits=self._columns)
+        self.loss = LossBuffers(tile=self.linear_tile, logits=self._columns)
 
     @property
     def nbytes(self) -> int:
@@ -111,13 +125,16 @@ class Workspace:
         parts = [*self._wide, *self._narrow, self._raw, self.tile, self._columns, *self.scores]
         return sum(part.numel() for part in parts) * self.dtype.itemsize
 
-    def untouched_bytes(self, *, backward: bool, widened: bool, recomputes: bool) -> int:
+    def untouched_bytes(
+        self, *, backward: bool, widened: bool, recomputes: bool, apart: bool = False
+    ) -> int:
         """Bytes reserved that a step of the largest batch never touches.
 
         Args:
             backward: whether there is one.
             widened: whether tiles are copies of the weights in another dtype.
             recomputes: whether any block is recomputed, instead of all being kept.
+            apart: whether an adapter has branches formed apart from their residual, as DoRA does.
 
         Returns:
             Their sum.
@@ -130,7 +147,7 @@ class Workspace:
         if fused:
             parts += self.scores
         if not backward:
-            touched = tokens * _scratch_width(spec)
+            touched = tokens * max(_scratch_width(spec), spec.hidden_size if apart else 0)
             parts += [self._wide[3], self._wide[4][touched:], *self._wide[5:]]
             parts += self._narrow[2:]
             parts += [] if fused else self.scores[1:]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .elementwise import exp_below_zero_
 from .frozen import FrozenMatrix, spans
+from .products import add_product_, product_
 
 
 class LossBuffers(NamedTuple):
@@ -80,7 +81,7 @@ def cross_entropy(
         rows = head.rows(start, stop, buffers.tile)
         size = tokens * (stop - start)
         logits = buffers.logits[:size].view(tokens, stop - start)
-        torch.mm(n, rows.t(), out=logits)
+        product_(logits, n, rows.t())
         slope = buffers.logits[size : 2 * size].view_as(logits) if pieces == 2 else None
         if softcap:
             softcap_(logits, softcap, slope)
@@ -89,7 +90,8 @@ def cross_entropy(
         exp_below_zero_(logits.sub_(new_top))
         total.mul_(decay).add_(logits.sum(-1, keepdim=True))
         if dn is not None:
-            dn.mul_(decay).addmm_(logits if slope is None else logits.mul_(slope), rows)
+            weights = logits if slope is None else logits.mul_(slope)
+            add_product_(dn.mul_(decay), weights, rows)
         top = new_top
     head.take(labels, label_rows)
     label_logits = torch.einsum("th,th->t", n, label_rows)

@@ -11,6 +11,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from .products import add_product_, product_
+
 
 class FrozenMatrix(Protocol):
     """A frozen `(out, in)` matrix, as the ops see it."""
@@ -36,17 +38,15 @@ _ALIGN = 16
 
 
 def spans(total: int, step: int) -> list[tuple[int, int]]:
-    """`[0, total)` cut into nearly equal spans of at most `step`, multiples of 16 where possible.
+    """`[0, total)` cut into spans of `step`, rounded down to a multiple of 16, and what is left.
 
-    Products run fastest at such sizes: they are whole vector registers.
+    Products run fastest at such sizes, which are whole vector registers, and few sizes are few
+    kernels (see `products`).
     """
     step = max(1, min(step, total))
     if _ALIGN < step < total:
         step -= step % _ALIGN
-    count = -(-total // step)
-    size = -(-total // count)
-    size = min(step, -(-size // _ALIGN) * _ALIGN)
-    return [(start, min(start + size, total)) for start in range(0, total, size)]
+    return [(start, min(start + step, total)) for start in range(0, total, step)]
 
 
 def matmul_(out: Tensor, x: Tensor, weight: FrozenMatrix, tile: Tensor, beta: float = 0.0) -> None:
@@ -57,10 +57,14 @@ def matmul_(out: Tensor, x: Tensor, weight: FrozenMatrix, tile: Tensor, beta: fl
         x: `(T, in)`.
         weight: `W (out, in)`.
         tile: flat buffer in the compute dtype for the widened tile.
-        beta: what the old content of `out` is multiplied by.
+        beta: 0 or 1.
     """
     for start, stop in spans(weight.shape[0], weight.rows_per_tile(tile)):
-        out[:, start:stop].addmm_(x, weight.rows(start, stop, tile).t(), beta=beta)
+        columns, w_t = out[:, start:stop], weight.rows(start, stop, tile).t()
+        if beta:
+            add_product_(columns, x, w_t)
+        else:
+            product_(columns, x, w_t)
 
 
 def matmul_t_(dx: Tensor, dy: Tensor, weight: FrozenMatrix, tile: Tensor) -> None:
@@ -73,4 +77,4 @@ def matmul_t_(dx: Tensor, dy: Tensor, weight: FrozenMatrix, tile: Tensor) -> Non
         tile: flat buffer in the compute dtype for the widened tile.
     """
     for start, stop in spans(weight.shape[0], weight.rows_per_tile(tile)):
-        dx.addmm_(dy[:, start:stop], weight.rows(start, stop, tile))
+        add_product_(dx, dy[:, start:stop], weight.rows(start, stop, tile))

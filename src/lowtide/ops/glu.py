@@ -78,11 +78,11 @@ def glu_forward(
         buffers: see `GluBuffers`; the last of the activations is used under DoRA only.
         keep: overwritten with G and U; None where the backward recomputes them.
     """
-    tokens = n.shape[0]
     activate = ACTIVATIONS[mlp.activation].forward
     gate_input, up_input, down = Input(n, mlp.gate), Input(n, mlp.up), DownSum(out, n, mlp.down)
+    activations = _Activations(buffers, n.shape[0], keep)
     for start, stop in spans(mlp.gate.weight.shape[0], buffers.width):
-        u_gate, u_up, other, fourth = _activations(buffers, tokens, (start, stop), keep)
+        u_gate, u_up, other, fourth = activations(start, stop)
         # What is kept of a linear with a magnitude is its u.
         gate = u_gate if keep is None or gate_input.factor is None else other
         up = u_up if keep is None or up_input.factor is None else fourth
@@ -93,15 +93,22 @@ def glu_forward(
     down.finish()
 
 
-def _activations(
-    buffers: GluBuffers, tokens: int, span: tuple[int, int], kept: Columns | None
-) -> list[Tensor]:
-    """Four `(T, stop - start)`: the first two are for G and U, where they are kept if they are."""
-    shape = (tokens, span[1] - span[0])
-    parts = [b[: shape[0] * shape[1]].view(shape) for b in buffers.activations]
-    if kept is not None:
-        parts[:2] = [whole[:, slice(*span)] for whole in kept]
-    return parts
+class _Activations:
+    """Four `(T, stop - start)` of a tile: the first two are for G and U, kept if they are."""
+
+    def __init__(self, buffers: GluBuffers, tokens: int, kept: Columns | None) -> None:
+        self._buffers, self._tokens, self._kept = buffers, tokens, kept
+        self._of_width: dict[int, list[Tensor]] = {}  # thousands of views made once
+
+    def __call__(self, start: int, stop: int) -> list[Tensor]:
+        width = stop - start
+        if width not in self._of_width:
+            flat = [b[: self._tokens * width] for b in self._buffers.activations]
+            self._of_width[width] = [b.view(self._tokens, width) for b in flat]
+        parts = self._of_width[width]
+        if self._kept is None:
+            return parts
+        return [*(whole[:, start:stop] for whole in self._kept), *parts[2:]]
 
 
 def glu_backward(
@@ -125,7 +132,6 @@ def glu_backward(
         emits: one per linear (gate, up, down), called with its (dA, dB), and dm under DoRA.
         kept: G and U of the forward instead of recomputing them; overwritten.
     """
-    tokens = n.shape[0]
     dn.zero_()
     activate, activate_backward = ACTIVATIONS[mlp.activation]
     gate_grads, up_grads = InputGradients(n, mlp.gate), InputGradients(n, mlp.up)
@@ -134,9 +140,10 @@ def glu_backward(
     # Under DoRA the down projection's tile is needed once more when its input is there.
     apart = mlp.down.magnitude is not None
     down_tile = torch.empty_like(buffers.tiles[0]) if apart else buffers.tiles[0]
+    activations = _Activations(buffers, n.shape[0], kept)
     for start, stop in spans(mlp.gate.weight.shape[0], buffers.width):
         span = start, stop
-        u_gate, u_up, other, dact = _activations(buffers, tokens, span, kept)
+        u_gate, u_up, other, dact = activations(start, stop)
         gate, up = (
             u if room is None else room[: u.numel()].view(u.shape)
             for u, room in zip((u_gate, u_up), rooms, strict=True)

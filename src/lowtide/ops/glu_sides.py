@@ -21,6 +21,7 @@ from .lora_linear import (
     to_rank,
     zeros_of_rank,
 )
+from .products import add_product_, product_
 
 
 class Input:
@@ -59,13 +60,13 @@ class Input:
         weight = self.linear.weight.rows(start, stop, tile)
         factor = self.factor
         if not formed:
-            torch.mm(self.dropped, weight.t(), out=raw)
+            product_(raw, self.dropped, weight.t())
             self._add_lora(raw, span)
         if factor is not None:
             lossless = self.dropped is self.n
             torch.mul(raw, factor[start:stop] - (0.0 if lossless else 1.0), out=out)
             if not lossless:
-                out.addmm_(self.n, weight.t())
+                add_product_(out, self.n, weight.t())
                 self._add_lora(out, span)
         if self.linear.bias is not None and (factor is not None or not formed):
             out.add_(self.linear.bias[start:stop])
@@ -117,14 +118,14 @@ class InputGradients(Input):
             torch.mm(self.h.t(), dy, out=self.db[:, start:stop]).mul_(lora.scale)
             self.dh.addmm_(dy, self.b[start:stop], alpha=lora.scale)
         if self.factor is None or self.dfactor is None:
-            dn.addmm_(dy, weight)
+            add_product_(dn, dy, weight)
             return
         self.dfactor[start:stop] = column_dots(dy, u)
         if self.d_dropped is None:
-            dn.addmm_(dy.mul_(self.factor[start:stop]), weight)
+            add_product_(dn, dy.mul_(self.factor[start:stop]), weight)
         else:
-            dn.addmm_(dy, weight)
-            self.d_dropped.addmm_(dy.mul_(self.factor[start:stop] - 1.0), weight)
+            add_product_(dn, dy, weight)
+            add_product_(self.d_dropped, dy.mul_(self.factor[start:stop] - 1.0), weight)
 
     def finish(self, dn: Tensor, emit: Emit) -> None:
         """Form dA, add the adapter's part of the input gradient to `dn`, emit."""
@@ -156,13 +157,13 @@ class DownSum:
 
     def add(self, act: Tensor, weight: Tensor, start: int) -> None:
         """Take a tile: `act (T, n)` and `weight (H, n)`, the columns of W from `start` on."""
-        self.out.addmm_(act, weight.t())
+        add_product_(self.out, act, weight.t())
         if self.lora is None or self.h is None:
             return
         act_dropped = dropped(act, self.lora, start)
         self.h.addmm_(act_dropped, self.lora.a[:, start : start + act.shape[1]].t())
         if self.u is not self.out:
-            self.u.addmm_(act_dropped, weight.t())
+            add_product_(self.u, act_dropped, weight.t())
 
     def finish(self) -> None:
         """Add what is not a sum over tiles."""
@@ -208,11 +209,11 @@ class DownGradients:
         """`out = dact`, from the columns of W `(H, n)` from `start` on."""
         lora = self.lora
         if lora is None or self.magnitude is None or lora.dropout == 0.0:
-            torch.mm(self.g, weight, out=out)
+            product_(out, self.g, weight)
             if lora is not None:
                 add_lora_input_gradient_(out, self.dh, lora, start)
             return
-        torch.mm(self.dy, weight, out=out)
+        product_(out, self.dy, weight)
         d_dropped = self.g @ weight
         d_dropped.addmm_(self.dh, lora.a[:, start : start + out.shape[1]])
         add_undropped_(out, d_dropped, lora, start)
@@ -227,7 +228,7 @@ class DownGradients:
             self.h.addmm_(act_dropped, self.lora.a[:, start:stop].t())
         torch.mm(self.dh.t(), act_dropped, out=self.da[:, start:stop])
         if self.magnitude is not None:
-            self.u.addmm_(act_dropped, weight.t())
+            add_product_(self.u, act_dropped, weight.t())
 
     def finish(self, emit: Emit) -> None:
         """Form dB, and dm under DoRA, and emit."""

@@ -28,6 +28,7 @@ from torch import Tensor
 from .dora import Magnitude, column_dots
 from .dropout import dropout_scale, row_spans
 from .frozen import FrozenMatrix, matmul_, matmul_t_, spans
+from .products import add_product_, product_
 
 DORA_ROWS = 256
 """Rows of W that the backward of a linear with a magnitude takes at a time: it needs their u."""
@@ -225,11 +226,10 @@ def _dora_backward(
     scratch = x.new_empty(x.shape[0] * min(step, weight.shape[0]))
     for start, stop in spans(weight.shape[0], step):
         rows, part = weight.rows(start, stop, tile), dy[:, start:stop]
-        products = scratch[: part.numel()].view(part.shape)
-        torch.mm(x_dropped, rows.t(), out=products)
-        dfactor[start:stop] += column_dots(products, part)
+        frozen = product_(scratch[: part.numel()].view(part.shape), x_dropped, rows.t())
+        dfactor[start:stop] += column_dots(frozen, part)
         if d_dropped is not None:
-            d_dropped.addmm_(torch.mul(part, applied[start:stop], out=products), rows)
+            add_product_(d_dropped, torch.mul(part, applied[start:stop], out=frozen), rows)
     dh = to_rank(dy, lora.b * factor.unsqueeze(1)).mul_(lora.scale)
     da = dh.t() @ x_dropped
     if dx is not None and d_dropped is not None:

@@ -30,8 +30,8 @@ class PlanSettings(StepSettings, ModelSettings):
     batch_size: int = setting(1, help="sequences per forward and backward", minimum=1)
     accumulate: bool = setting(
         False,
-        help="gradients of all parameters live at once, as with --grad-accumulation-steps or "
-        "--max-grad-norm",
+        help="gradients of all parameters live at once, as with --grad-accumulation-steps, or with "
+        "--max-grad-norm unless --clip-mode says otherwise",
     )
 
 
@@ -76,7 +76,7 @@ def workload(
     Returns:
         The question.
     """
-    config, storage = settings.lora_config(), model.checkpoint.storage
+    config, storage = settings.lora_config(model.spec), model.checkpoint.storage
     return Workload(
         spec=model.spec,
         config=config,

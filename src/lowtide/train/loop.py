@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from time import monotonic
 from typing import NamedTuple, Protocol
 
 import torch
 
 from lowtide.errors import BudgetError, ModelError, OutputError, TrainingError
+from lowtide.export.peft import WEIGHTS_FILE
 from lowtide.infer.evaluate import Evaluation, Sequences, batch_of, evaluate
 from lowtide.memory.measure import MemoryMeter, read_from_disk
 from lowtide.methods import GradSink, Method, Step
@@ -19,50 +19,19 @@ from lowtide.methods.base import require_finite
 from lowtide.model.adapter import Adapter
 from lowtide.model.batch import Batch
 from lowtide.model.decoder import Decoder
+from lowtide.model.neftune import Noise
 
 from .budget import Guard
+from .checkpoints import OPTIMIZER_FILE, Checkpoint
+from .history import History, StepReport, TrainResult
 from .optim import OPTIMIZERS
 from .order import RecordOrder, batch_rule, largest_batch
 from .run_dir import RunDir
 from .schedule import DEFAULT_ITERS, Schedule
 from .settings import TrainSettings
 from .sink import Norms, updater
+from .stop import Stop
 from .stopping import EarlyStopping
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """One update, as progress shows it and metrics.jsonl keeps it."""
-
-    step: int
-    loss: float
-    n_tokens: int
-    wall_s: float
-    cpu_s: float
-    tokens_per_s: float
-    peak_anon_bytes: int
-    peak_rss_bytes: int
-    peak_file_bytes: int
-    disk_read_bytes: int
-    learning_rate: float
-    grad_norm: float
-    grad_norms: list[float | None]
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a finished run did."""
-
-    steps: int
-    loss: float
-    valid_loss: float | None
-    n_tokens: int
-    wall_s: float
-    cpu_s: float
-    peak_anon_bytes: int
-    peak_rss_bytes: int
-    interrupted: bool = False
-    stopped_early: bool = False
 
 
 class Update(NamedTuple):
@@ -83,7 +52,7 @@ class Observer(Protocol):
         """A validation was made after `step` updates."""
 
     def on_save(self, step: int) -> None:
-        """The adapter of `step` is on disk."""
+        """A checkpoint of `step` is on disk."""
 
 
 class Trainer:
@@ -96,6 +65,7 @@ class Trainer:
         method: Method,
         settings: TrainSettings,
         guard: Guard | None = None,
+        stop: Stop | None = None,
     ) -> None:
         """Set up the optimiser and the way of updating that the settings ask for.
 
@@ -105,32 +75,47 @@ class Trainer:
             method: gives the gradients.
             settings: of the run; `iters` says how many updates it has.
             guard: keeps watch over a memory budget.
+            stop: hears signals.
 
         Raises:
             ConfigError: the schedule or the groups do not fit the run.
         """
         self.model, self.adapter, self.method, self.settings = model, adapter, method, settings
-        self._guard = guard
+        self.guard, self.stop = guard, stop or Stop()
+        self._meter = MemoryMeter()
         self.iters = settings.iters or DEFAULT_ITERS
         self._schedule = Schedule.of(settings, self.iters)
         self._optimizer = OPTIMIZERS[settings.optimizer](settings, adapter.parameters)
         self._updater = updater(settings, adapter.parameters, self._optimizer)
         self._stopping = EarlyStopping.of(settings)
-        self._stop_requested = self._updating = False
+        self.history = History()
+        self._order: dict[str, int] | None = None
+        """Where in the order of the records the last update ended; None at the start."""
+        self._first = 1
+        self._whole = True
+        """Whether the parameters are those of `history.step`: not while an update is made."""
 
-    @property
-    def budget_bytes(self) -> int | None:
-        """What `--memory-budget` allows."""
-        return None if self._guard is None else self._guard.budget_bytes
+    def rest(self, resting: bool) -> None:
+        """While the run pauses, hold little and do nothing; the next update makes what it needs."""
+        self.method.release()
+        self._meter.rest(resting)
 
-    def request_stop(self) -> bool:
-        """End the run after the update that is being made, with its adapter saved.
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Become what the trainer was when it wrote a checkpoint.
 
-        Returns:
-            Whether an update is being made; if not, there is nothing to wait for.
+        Args:
+            checkpoint: of a run with the same settings.
+
+        Raises:
+            OutputError: its tensors are others.
         """
-        self._stop_requested = True
-        return self._updating
+        checkpoint.load(self.adapter.parameters, WEIGHTS_FILE)
+        checkpoint.load(self._optimizer.state(), OPTIMIZER_FILE)
+        self.history = History(**checkpoint.state.history)
+        self.history.stopped_early = False
+        self._stopping.go_on(self.history.stopping)
+        self._order = checkpoint.state.order
+        self._first = checkpoint.state.step + 1
 
     def reserve(self, lengths: Sequence[int]) -> None:
         """Make the method's buffers for batches of up to these lengths, if the budget allows them.
@@ -141,8 +126,8 @@ class Trainer:
         Raises:
             BudgetError: they need more than the budget, or than is free.
         """
-        if self._guard is not None:
-            self._guard.admit(lengths)
+        if self.guard is not None:
+            self.guard.admit(lengths)
         self.method.reserve(self.model, sum(lengths), max(lengths))
 
     def update(self, batches: list[Batch], step: int) -> Update:
@@ -161,16 +146,16 @@ class Trainer:
             BudgetError: a batch needs more than the budget, or than is free; nothing was done.
             ModelError: a weight file changed since the model was loaded.
         """
-        if self._guard is not None:
+        if self.guard is not None:
             for lengths in {batch.lengths for batch in batches}:
-                self._guard.admit(lengths)
+                self.guard.admit(lengths)
         n_tokens = sum(batch.n_tokens for batch in batches)
 
         def run(sink: GradSink) -> float:
             total = 0.0
             for number, batch in enumerate(batches):
                 seed = (self.settings.seed * 1_000_003 + step) * 1_009 + number
-                one = Step(1.0 / n_tokens, seed, step - 1, seed)
+                one = Step(1.0 / n_tokens, seed, step - 1, seed, noise_of(self.settings, seed))
                 total += self.method.step(self.model, self.adapter, batch, sink, one)
             return total
 
@@ -202,74 +187,120 @@ class Trainer:
             TrainingError: a loss or gradient was not finite, the disk is full, or a weight file
                 changed; the last good adapter is on disk.
         """
-        history = _History()
-        run = _Run(train, valid, run_dir, observer, history)
+        order = RecordOrder(train, batch_rule(self.settings))
+        if self._order is not None:
+            order.seek(self._order)
+        self._order = order.position()
+        run = _Run(train, valid, run_dir, observer, order)
+        interrupted = False
         try:
-            run_dir.save(self.adapter, 0)
-            with MemoryMeter() as meter:
+            with self._meter as meter:
                 try:
                     self._steps(run, meter)
                 except KeyboardInterrupt:
-                    history.interrupted = True
+                    interrupted = True
                 self._finish(run)
         except (TrainingError, OutputError, ModelError) as error:
             if isinstance(error, TrainingError) and not isinstance(error, BudgetError):
                 run_dir.roll_back()
             raise TrainingError(
-                f"training stopped at step {history.steps + 1}: {error} {_kept(run_dir)}"
+                f"training stopped at step {self.history.step + 1}: {error} {_kept(run_dir)}"
             ) from error
-        return history.result()
+        return self.history.result(interrupted, run_dir.step_in_place)
 
     def _steps(self, run: _Run, meter: MemoryMeter) -> None:
-        train, valid, run_dir, observer, history = run
+        train, valid, run_dir, observer, _ = run
         s = self.settings
-        order = RecordOrder(train, batch_rule(s))
         self.reserve(largest_batch(s, train, valid))
-        self._validate(run, 0)
-        for step in range(1, self.iters + 1):
-            micro = [order.take() for _ in range(s.grad_accumulation_steps)]
-            batches = [batch_of(train, chosen) for chosen in micro]
-            self._updating = True
-            report = measured_update(self, batches, step, meter)
-            history.add(report, batches[-1])
-            self._updating = False
+        if run_dir.saved_step is None:
+            self._validate(run)
+            self._save(run)
+        elif self._validation_due(self._first - 1) and self._validate(run):
+            run_dir.keep_best()  # the run was interrupted before it could know
             run_dir.confirm()
-            observer.on_step(report)
-            if self._guard is not None:
-                self._guard.check(report.peak_anon_bytes)
-            if self._stop_requested:
-                raise KeyboardInterrupt
-            if step % s.steps_per_eval == 0 or step == self.iters:
-                self._validate(run, step)
-                if self._stopping.due and step < self.iters:
-                    history.stopped_early = True
-                    return
-            if step % s.save_every == 0 and step < self.iters:
-                run_dir.save(self.adapter, step)
+        saved = monotonic()
+        for step in range(self._first, self.iters + 1):
+            if self._stopping.due:
+                self.history.stopped_early = True
+                return
+            with self.stop.shielded():
+                with self.stop.shielded(update=True):
+                    report = self._update(run, step, meter)
+                run_dir.confirm()
+                observer.on_step(report)
+                if self.guard is not None:
+                    self.guard.check(report.peak_anon_bytes)
+            self.stop.check()
+            best = self._validation_due(step) and self._validate(run)
+            late = s.save_minutes is not None and monotonic() - saved >= 60 * s.save_minutes
+            if (best or late or step % s.save_every == 0) and step < self.iters:
+                self._save(run)
                 observer.on_save(step)
+                saved = monotonic()
+
+    def _update(self, run: _Run, step: int, meter: MemoryMeter) -> StepReport:
+        s = self.settings
+        self._whole = False
+        micro = [run.order.take() for _ in range(s.grad_accumulation_steps)]
+        batches = [batch_of(run.train, chosen) for chosen in micro]
+        report = measured_update(self, batches, step, meter)
+        self.history.add(report)
+        self._last, self._order = batches[-1], run.order.position()
+        self._whole = True
+        return report
+
+    def _save(self, run: _Run) -> None:
+        with self.stop.shielded():
+            self._write(run)
+        self.stop.check()
+
+    def _write(self, run: _Run) -> None:
+        assert self._order is not None, "set where the run began"
+        state = self._optimizer.state()
+        run.run_dir.save(self.adapter, state, self._order, self.history)
 
     def _finish(self, run: _Run) -> None:
         """Save what the last update made, and see that its loss is finite too."""
-        history, run_dir = run.history, run.run_dir
-        if history.last is None:
+        history, run_dir = self.history, run.run_dir
+        if not self._whole or history.step < self._first:
             return
-        run_dir.save(self.adapter, history.steps)
-        if history.validated_step != history.steps:
-            require_finite(torch.tensor(self.method.loss(self.model, self.adapter, history.last)))
-        run_dir.confirm()
-        run.observer.on_save(history.steps)
+        with self.stop.shielded():
+            if run_dir.saved_step != history.step:
+                self._write(run)
+            if history.validated_step != history.step:
+                loss = self.method.loss(self.model, self.adapter, self._last)
+                require_finite(torch.tensor(loss))
+            run_dir.confirm()
+        run.observer.on_save(history.step)
 
-    def _validate(self, run: _Run, step: int) -> None:
+    def _validation_due(self, step: int) -> bool:
+        if self.history.validated_step == step:
+            return False
+        return step % self.settings.steps_per_eval == 0 or step == self.iters
+
+    def _validate(self, run: _Run) -> bool:
+        """Validate the parameters as they are; whether they are the best so far."""
         if run.valid is None:
-            return
+            return False
         s = self.settings
         result = evaluate(
             self.model, self.adapter, run.valid, self.method,
             batch_size=s.batch_size, max_batches=s.val_batches,
         )  # fmt: skip
-        run.history.valid_loss, run.history.validated_step = result.loss, step
-        self._stopping.see(result.loss)
-        run.observer.on_valid(step, result)
+        step = self.history.step
+        with self.stop.shielded():
+            best = self.history.validated(result.loss)
+            self._stopping.see(result.loss)
+            self.history.stopping = self._stopping.state()
+            run.observer.on_valid(step, result)
+        self.stop.check()
+        return best
+
+
+def noise_of(settings: TrainSettings, seed: int) -> Noise | None:
+    """NEFTune's noise of a micro-batch, whose seed is mixed so that dropout's is another."""
+    alpha = settings.neftune_noise_alpha
+    return None if alpha is None else Noise(alpha, (seed * 0x9E3779B1 + 1) & (1 << 62) - 1)
 
 
 def measured_update(
@@ -300,38 +331,12 @@ def measured_update(
 
 def _kept(run_dir: RunDir) -> str:
     """What a run that had to stop leaves behind."""
-    if run_dir.step_in_place is None:
+    if run_dir.resumable_step is None:
         return f"Nothing was written to {run_dir.directory}."
-    return f"The adapter in {run_dir.directory} is that of step {run_dir.step_in_place}."
-
-
-class _History:
-    """Sums over the steps made so far."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.interrupted = self.stopped_early = False
-        self.last: Batch | None = None
-        self.valid_loss: float | None = None
-        self.validated_step: int | None = None
-        self._loss = math.nan
-        self._tokens = 0
-        self._wall = self._cpu = 0.0
-        self._anon = self._rss = 0
-
-    def add(self, report: StepReport, batch: Batch) -> None:
-        self.steps, self._loss, self.last = report.step, report.loss, batch
-        self._tokens += report.n_tokens
-        self._wall += report.wall_s
-        self._cpu += report.cpu_s
-        self._anon = max(self._anon, report.peak_anon_bytes)
-        self._rss = max(self._rss, report.peak_rss_bytes)
-
-    def result(self) -> TrainResult:
-        return TrainResult(
-            self.steps, self._loss, self.valid_loss, self._tokens, self._wall, self._cpu,
-            self._anon, self._rss, self.interrupted, self.stopped_early,
-        )  # fmt: skip
+    kept = f"Go on from step {run_dir.resumable_step} with --resume."
+    if run_dir.step_in_place is None:
+        return kept
+    return f"The adapter in {run_dir.directory} is that of step {run_dir.step_in_place}. {kept}"
 
 
 class _Run(NamedTuple):
@@ -341,4 +346,4 @@ class _Run(NamedTuple):
     valid: Sequences | None
     run_dir: RunDir
     observer: Observer
-    history: _History
+    order: RecordOrder

@@ -11,7 +11,9 @@ from lowtide.infer.evaluate import Evaluation
 from lowtide.model.adapter import Adapter
 from lowtide.model.decoder import Decoder
 
-from .loop import Observer, StepReport, TrainResult
+from .history import StepReport, TrainResult
+from .loop import Observer
+from .resume import Resumption
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,9 @@ class RunObserver(Observer, Protocol):
     def on_data(self, report: PrepareReport) -> None:
         """The data is tokenised."""
 
+    def on_resume(self, resumption: Resumption) -> None:
+        """The run goes on from a checkpoint."""
+
     def on_start(self, iters: int) -> None:
         """Training begins, and will make up to so many updates in all."""
 
@@ -60,7 +65,7 @@ class RunObserver(Observer, Protocol):
         """The run pauses for a reason, or with None goes on."""
 
     def on_stopping(self) -> None:
-        """Ctrl-C was heard; the update being made is finished first."""
+        """A signal to end was heard; the update being made is finished first."""
 
     def on_end(self, result: TrainResult, cost: Cost) -> None:
         """The run is over, finished or interrupted; one that failed raises instead."""
@@ -85,6 +90,9 @@ class Quiet:
         """Nothing."""
 
     def on_save(self, step: int) -> None:
+        """Nothing."""
+
+    def on_resume(self, resumption: Resumption) -> None:
         """Nothing."""
 
     def on_sample(self, sample: Sample) -> None:

@@ -41,7 +41,11 @@ class OptimizerSettings:
         "adamw", help="optimiser", choices=tuple(OPTIMIZERS), elsewhere=_OPTIMIZERS_ELSEWHERE
     )
     learning_rate: float = setting(
-        1e-4, help="step size: the highest of the schedule", above=0, maximum=1e30
+        1e-4,
+        help="step size: the highest of the schedule",
+        above=0,
+        maximum=1e30,
+        changeable=True,
     )
     weight_decay: float = setting(
         0.0,
@@ -88,10 +92,17 @@ class RecipeSettings:
     """How long to train, at what rate, and when to stop."""
 
     iters: int | None = setting(
-        None, help="optimiser updates; none takes 100 where --epochs is not given", minimum=1
+        None,
+        help="optimiser updates; none takes 100 where --epochs is not given",
+        minimum=1,
+        changeable=True,
     )
     epochs: float | None = setting(
-        None, help="passes over the training data, instead of --iters", above=0, maximum=1e6
+        None,
+        help="passes over the training data, instead of --iters",
+        above=0,
+        maximum=1e6,
+        changeable=True,
     )
     lr_schedule: str = setting(
         "constant",
@@ -125,10 +136,16 @@ class RecipeSettings:
         choices=CLIP_MODES,
     )
     early_stopping_patience: int | None = setting(
-        None, help="stop after this many validations in a row without improvement", minimum=1
+        None,
+        help="stop after this many validations in a row without improvement",
+        minimum=1,
+        changeable=True,
     )
     early_stopping_min_delta: float = setting(
-        0.0, help="least fall of the validation loss that is an improvement", minimum=0
+        0.0,
+        help="least fall of the validation loss that is an improvement",
+        minimum=0,
+        changeable=True,
     )
 
     @property

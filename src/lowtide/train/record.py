@@ -22,9 +22,9 @@ from lowtide.errors import LowtideWarning, OutputError
 from lowtide.infer.evaluate import Evaluation
 from lowtide.runs.lines import Lines, finite, number
 
-from .loop import StepReport, TrainResult
+from .history import StepReport, TrainResult
 from .observers import Cost, Quiet, Sample
-from .run_dir import EVENTS_FILE, METRICS_FILE
+from .output import EVENTS_FILE, METRICS_FILE
 
 _SENSORS_S = 5.0
 Write = Callable[[Mapping[str, object], str], None]

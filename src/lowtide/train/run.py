@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from lowtide.config import build
 from lowtide.data.cache import TokenDataset
 from lowtide.data.formats import FeatureNames
 from lowtide.data.prepare import PrepareRequest, prepare
+from lowtide.device import lower_priority
 from lowtide.errors import ConfigError, DataError
 from lowtide.methods import get_method
 from lowtide.model.adapter import Adapter
@@ -22,14 +19,22 @@ from lowtide.model.decoder import Decoder, load_model
 from lowtide.model.threads import set_threads
 
 from .budget import within_budget
+from .fingerprint import file_fingerprint, model_fingerprint
 from .groups import Groups
-from .loop import Trainer, TrainResult
+from .history import TrainResult
+from .looking import check_manners, check_samples
+from .loop import Trainer
 from .observers import Quiet, RunObserver
+from .optim import OPTIMIZERS
 from .order import batches_in_pass, check_batches, largest_batch
+from .output import check_output, check_space, made_directory
 from .recipe import check_recipe
-from .run_dir import RunDir, check_output, check_space, made_directory
+from .resume import check_same, find, settle, warn_of_arithmetic
+from .run_dir import Identity, RunDir
 from .schedule import Schedule, updates_of
 from .settings import DataSettings, ModelSettings, TrainSettings, check_step
+from .stop import Stop
+from .stopping import check_stopping
 from .watch import watched
 
 
@@ -55,44 +60,71 @@ def train(
     """
     if settings is not None and given:
         raise ConfigError(f"give settings or keywords, not both ({', '.join(given)}).")
-    settings = build(TrainSettings, given if settings is None else asdict(settings))
+    settings = settle(given) if settings is None else build(TrainSettings, asdict(settings))
     observer = observer or Quiet()
     check_supported(settings)
     directory = Path(settings.adapter_path).expanduser()
-    check_output(directory, settings.overwrite)
+    check_output(directory, settings.overwrite or settings.resume)
+    if settings.nice is not None:
+        lower_priority(settings.nice)
+    stop = Stop(observer.on_stopping)
+    with stop.listening(), made_directory(directory) as caches:
+        check_output(directory, settings.overwrite or settings.resume)  # nobody else writes now
+        return _train_in(directory, caches, settings, observer, stop)
+
+
+def _train_in(
+    directory: Path, caches: Path, settings: TrainSettings, observer: RunObserver, stop: Stop
+) -> TrainResult:
+    resumed = find(directory, settings) if settings.resume else None
     model = open_model(settings)
     check_length(model, settings.max_seq_length)
-    adapter = Adapter.create(model, settings.lora_config(), settings.seed, settings.rounded_dtype)
-    check_space(directory, adapter)
+    config = settings.lora_config(model.spec)
+    adapter = Adapter.create(model, config, settings.seed, settings.rounded_dtype)
+    check_space(directory, _checkpoint_bytes(settings, adapter), settings.keep_checkpoints)
     Groups(settings, adapter.parameters)  # refuses names that no parameter has
+    fingerprints: dict[str, str | None] = {"model": model_fingerprint(model)}
+    if resumed is not None:
+        warn_of_arithmetic(resumed)
+        check_same(resumed, settings, fingerprints)
+        observer.on_resume(resumed)
     observer.on_model(model, adapter)
-    with made_directory(directory) as caches:
-        report = prepare(_request(settings, model, caches))
-        observer.on_data(report)
-        train_set = TokenDataset.open(report.splits["train"].path)
-        valid = report.splits.get("valid")
-        valid_set = None if valid is None else TokenDataset.open(valid.path)
-        if valid_set is None and settings.early_stopping_patience is not None:
-            raise ConfigError(
-                "--early-stopping-patience counts validations, and there is no validation data. "
-                "Give --valid-data or --valid-records."
-            )
-        fitting, guard = within_budget(
-            settings,
-            model,
-            largest_batch(settings, train_set, valid_set),
-            accumulates=settings.accumulates,
-        )
-        method = get_method(settings.method, fitting)
-        iters = updates_of(settings, batches_in_pass(settings, train_set))
-        trainer = Trainer(model, adapter, method, replace(settings, iters=iters), guard)
-        observer.on_start(iters)
-        with closing(RunDir(directory, settings, settings.model)) as run_dir:
-            with watched(run_dir, trainer, report, observer) as watchers:
-                with _finish_update_on_interrupt(trainer, watchers):
-                    result = trainer.run(train_set, valid_set, run_dir, watchers)
-                watchers.end(result)
-                return result
+    report = prepare(_request(settings, model, caches))
+    observer.on_data(report)
+    train_set = TokenDataset.open(report.splits["train"].path)
+    valid = report.splits.get("valid")
+    valid_set = None if valid is None else TokenDataset.open(valid.path)
+    fingerprints["train"] = file_fingerprint(train_set.path)
+    fingerprints["valid"] = None if valid_set is None else file_fingerprint(valid_set.path)
+    iters = updates_of(settings, batches_in_pass(settings, train_set))
+    check_stopping(settings, iters, valid_set is not None)
+    if resumed is not None:
+        check_same(resumed, settings, fingerprints)
+        resumed.check_iters(iters)
+    fitting, guard = within_budget(
+        settings,
+        model,
+        largest_batch(settings, train_set, valid_set),
+        accumulates=settings.accumulates,
+    )
+    method = get_method(settings.method, fitting)
+    trainer = Trainer(model, adapter, method, replace(settings, iters=iters), guard, stop)
+    found = None if resumed is None else resumed.checkpoint
+    if found is not None:
+        trainer.resume(found)
+    observer.on_start(iters)
+    with closing(RunDir(directory, Identity(settings, fingerprints), found)) as run_dir:
+        with watched(run_dir, trainer, report, observer) as watchers:
+            result = trainer.run(train_set, valid_set, run_dir, watchers)
+            watchers.end(result)
+            return result
+
+
+def _checkpoint_bytes(settings: TrainSettings, adapter: Adapter) -> int:
+    """The size of a checkpoint's tensors: the adapter's and what its optimiser will keep."""
+    optimizer = OPTIMIZERS[settings.optimizer](settings, adapter.parameters)
+    tensors = [*adapter.parameters.values(), *optimizer.state().values()]
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def check_supported(settings: TrainSettings) -> None:
@@ -104,14 +136,15 @@ def check_supported(settings: TrainSettings) -> None:
     Raises:
         ConfigError: names the setting.
     """
-    if settings.resume:
-        raise ConfigError(
-            "--resume is not supported yet. Start a new run in another --adapter-path, or replace "
-            "this one with --overwrite."
-        )
+    if settings.resume and settings.overwrite:
+        raise ConfigError("--resume goes on with a run, --overwrite replaces it; give one of them.")
+    if settings.resume_anyway and not settings.resume:
+        raise ConfigError("--resume-anyway is for --resume, which is not given.")
     check_step(settings)
     check_batches(settings)
     check_recipe(settings, settings.learning_rate)
+    check_samples(settings)
+    check_manners(settings)
     if settings.epochs is None:
         Schedule.of(settings, updates_of(settings, 0))  # refuses a warm-up that is too long
     if settings.valid_data is not None and settings.valid_records:
@@ -149,10 +182,9 @@ def data_request(
     settings: DataSettings, model: Decoder, data: str, out: Path, **more: Any
 ) -> PrepareRequest:
     """What the tokenising child is asked to do."""
-    tokenizer = Path(settings.tokenizer).expanduser() if settings.tokenizer else model.directory
     return PrepareRequest(
         data=Path(data).expanduser(),
-        tokenizer=tokenizer,
+        tokenizer=settings.tokenizer_directory(model.directory),
         out=out,
         max_seq_length=settings.max_seq_length,
         vocab_size=model.spec.vocab_size,
@@ -178,24 +210,3 @@ def _request(settings: TrainSettings, model: Decoder, out: Path) -> PrepareReque
         valid_data=None if valid is None else Path(valid).expanduser(),
         valid_records=settings.valid_records,
     )
-
-
-@contextmanager
-def _finish_update_on_interrupt(trainer: Trainer, observer: RunObserver) -> Iterator[None]:
-    """The first Ctrl-C ends the run after the update being made, the second at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGINT, before)
-        if not trainer.request_stop():
-            raise KeyboardInterrupt
-        observer.on_stopping()
-
-    signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -1,4 +1,4 @@
-"""The output directory of a run: refused before training where it cannot serve, saved to safely."""
+"""The files of a run: checkpoints, the last good adapter, the best one, settings and metrics."""
 
 from __future__ import annotations
 
@@ -7,144 +7,59 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
-from lowtide.config import to_yaml
-from lowtide.errors import OutputError
+from torch import Tensor
+
+from lowtide.errors import LowtideWarning
 from lowtide.export.peft import CONFIG_FILE, WEIGHTS_FILE
 from lowtide.model.adapter import Adapter
-from lowtide.weights.writer import write_atomically
+from lowtide.settings_file import to_yaml
+from lowtide.weights.writer import link_atomically, sync_directory, write_atomically
 
+from .checkpoints import FOLDER, Checkpoint, Checkpoints, RunState, file_checksum
+from .fingerprint import arithmetic
+from .history import History
+from .output import BEST_FOLDER, EVENTS_FILE, HIDDEN, METRICS_FILE, SETTINGS_FILE, unwritable
 from .settings import TrainSettings
 
-SETTINGS_FILE, METRICS_FILE, EVENTS_FILE = "run.yaml", "metrics.jsonl", "events.jsonl"
-_RUN_FILES = (WEIGHTS_FILE, CONFIG_FILE, SETTINGS_FILE, METRICS_FILE, EVENTS_FILE)
-_SPARE_BYTES = 1 << 20
 
+@dataclass(frozen=True)
+class Identity:
+    """What does not change in a run, as its checkpoints say it."""
 
-def check_output(directory: Path, overwrite: bool) -> None:
-    """Refuse a directory that holds a run or cannot be written. Nothing is made or changed.
+    settings: TrainSettings
+    fingerprints: dict[str, str | None]
 
-    Args:
-        directory: where the adapter will go.
-        overwrite: whether a run may be replaced.
-
-    Raises:
-        OutputError: says which.
-    """
-    if directory.exists() and not directory.is_dir():
-        raise OutputError(f"--adapter-path {directory} is a file; name a directory.")
-    if directory.is_symlink() and not directory.exists():
-        raise OutputError(
-            f"--adapter-path {directory} is a link to {os.readlink(directory)}, which does not "
-            "exist. Make that directory, or choose another."
-        )
-    held = [name for name in _RUN_FILES if (directory / name).exists()]
-    if held and not overwrite:
-        raise OutputError(
-            f"--adapter-path {directory} already holds a run ({', '.join(held)}). Choose another "
-            "directory, or replace it with --overwrite."
-        )
-    existing = _existing(directory)
-    if not existing.is_dir():
-        raise OutputError(
-            f"--adapter-path {directory}: {existing} is a file, so no directory can be made in "
-            "it. Choose another."
-        )
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise OutputError(
-            f"--adapter-path {directory}: {existing} cannot be written. Choose a directory that "
-            "you own."
-        )
-
-
-def check_space(directory: Path, adapter: Adapter) -> None:
-    """Refuse when the disk cannot take the adapter beside the one it replaces.
-
-    Args:
-        directory: where the adapter will go; it need not exist yet.
-        adapter: for its size.
-
-    Raises:
-        OutputError: says what is free and what is needed.
-    """
-    one = sum(p.numel() * p.element_size() for _, p in adapter.items())
-    needed = 2 * one + _SPARE_BYTES
-    disk = shutil.disk_usage(_existing(directory))
-    free = disk.free
-    if free < needed and disk.total > 0:  # no total: not a disk, and writing will tell
-        raise OutputError(
-            f"the disk of {directory} has {free / 1e6:.1f} MB free, and saving the adapter safely "
-            f"needs {needed / 1e6:.1f} MB (two copies of {one / 1e6:.1f} MB). Free some space or "
-            "choose another --adapter-path."
-        )
-
-
-def _existing(directory: Path) -> Path:
-    """The directory itself or its nearest parent that exists."""
-    path = directory.absolute()
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return path
-
-
-@contextmanager
-def made_directory(directory: Path) -> Iterator[Path]:
-    """Make the output directory for the length of a run, and a directory in it for token caches.
-
-    On leaving, the caches are removed, and so are the directories that were made and stayed empty.
-
-    Args:
-        directory: made with its parents where they do not exist.
-
-    Yields:
-        The directory for the caches, which nothing else uses.
-
-    Raises:
-        OutputError: the directory cannot be made or written.
-    """
-    absent = [path for path in (directory, *directory.parents) if not path.exists()]
-    caches = None
-    try:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            caches = tempfile.mkdtemp(prefix=".tokenized-", dir=directory)
-        except OSError as error:
-            raise _unwritable(directory, error) from error
-        yield Path(caches)
-    finally:
-        if caches is not None:
-            shutil.rmtree(caches, ignore_errors=True)
-        with contextlib.suppress(OSError):  # the first that is not empty, or was not made
-            for path in absent:
-                path.rmdir()
-
-
-def _unwritable(directory: Path, error: OSError) -> OutputError:
-    return OutputError(
-        f"--adapter-path {directory} cannot be written: {error.strerror}. Choose a directory that "
-        "you own, on a disk with free space."
-    )
+    @property
+    def base_model(self) -> str:
+        """What adapter_config.json says."""
+        return self.settings.model
 
 
 class RunDir:
-    """Writes a run's files. The last adapter that proved good survives one that did not.
+    """Writes a run's files. The adapter in the output directory is always one that proved good.
 
-    Whether saved parameters are good is known only when the next loss is finite; `confirm` says
-    so. Until the first `confirm` everything lies in a hidden directory, and what the output
-    directory held before is untouched. Later, the adapter before is kept beside the new one until
-    that is confirmed; `roll_back` puts it back.
+    Whether saved parameters are good is known only when the next loss is finite. So `save` writes
+    a checkpoint, and `confirm` gives its adapter a second name in the output directory, and one in
+    `best` if it is the best so far. `roll_back` removes a checkpoint that did not prove good. Until
+    the first `confirm` everything lies in a hidden directory, and what the output directory held
+    before is untouched.
     """
 
-    def __init__(self, directory: Path, settings: TrainSettings, base_model: str) -> None:
-        """Write run.yaml to the hidden directory.
+    def __init__(
+        self, directory: Path, identity: Identity, resumed: Checkpoint | None = None
+    ) -> None:
+        """Write run.yaml: of a new run to the hidden directory, of a resumed one in place.
 
         Args:
             directory: where the adapter goes.
-            settings: what run.yaml says.
-            base_model: what adapter_config.json says.
+            identity: what run.yaml and the checkpoints say of the run.
+            resumed: the checkpoint that the run goes on from; None starts a new run.
 
         Raises:
             OutputError: the directory cannot be written.
@@ -152,91 +67,166 @@ class RunDir:
         self.directory = directory
         self.saved_step: int | None = None
         """The step that was last saved, hidden or in place."""
-        self._base_model = base_model
-        self._before: int | None = None
-        self._spare = directory / f".{WEIGHTS_FILE}.before"
+        self.step_in_place: int | None = None
+        """The step whose adapter lies in the output directory; None where that is not known."""
+        self._identity = identity
+        self._keep = identity.settings.keep_checkpoints
+        self._pending: _Pending | None = None
+        self._hidden: Path | None = None
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            self._hidden: Path | None = Path(tempfile.mkdtemp(prefix=".run-", dir=directory))
+            if resumed is None:
+                self._hidden = Path(tempfile.mkdtemp(prefix=HIDDEN, dir=directory))
+            else:
+                self._take_up(resumed)
         except OSError as error:
-            raise _unwritable(directory, error) from error
+            raise unwritable(directory, error) from error
         try:
-            write_atomically(self._hidden / SETTINGS_FILE, [to_yaml(settings).encode()])
+            saved = replace(identity.settings, resume=False, resume_anyway=False, overwrite=False)
+            write_atomically(self._root / SETTINGS_FILE, [to_yaml(saved).encode()])
         except BaseException:
             self.close()
             raise
 
     @property
-    def step_in_place(self) -> int | None:
-        """The step whose adapter lies in the output directory; None before the first `confirm`."""
+    def resumable_step(self) -> int | None:
+        """The step of the newest checkpoint; None while everything is hidden."""
         return self.saved_step if self._hidden is None else None
 
-    def save(self, adapter: Adapter, step: int) -> None:
-        """Write the adapter of `step`, keeping the one before until `confirm`.
+    @property
+    def _root(self) -> Path:
+        return self._hidden or self.directory
+
+    @property
+    def _checkpoints(self) -> Checkpoints:
+        return Checkpoints(self._root)
+
+    def _take_up(self, resumed: Checkpoint) -> None:
+        """Make the directory what it was when the checkpoint was written."""
+        step = resumed.state.step
+        self._checkpoints.set_aside(step)
+        metrics = self.directory / METRICS_FILE
+        metrics.touch()
+        if metrics.stat().st_size < resumed.state.metrics_bytes:
+            warnings.warn(
+                f"{metrics} has lost lines of steps up to {step}; those that follow are appended.",
+                LowtideWarning,
+                stacklevel=2,
+            )
+        else:
+            os.truncate(metrics, resumed.state.metrics_bytes)
+        _end_last_line(self.directory / EVENTS_FILE)
+        self.saved_step = step
+        weights = self.directory / WEIGHTS_FILE
+        if weights.exists() and file_checksum(weights) == resumed.files[WEIGHTS_FILE]["sha256"]:
+            self.step_in_place = step
+        else:
+            self._pending = _Pending(step, resumed.state.history["best_step"] == step, None)
+
+    def save(
+        self,
+        adapter: Adapter,
+        optimizer: Mapping[str, Tensor],
+        order: dict[str, int],
+        history: History,
+    ) -> None:
+        """Write a checkpoint, which is pending until `confirm`.
 
         Args:
-            adapter: what to write.
-            step: how many updates made it.
+            adapter: its parameters.
+            optimizer: what the optimiser keeps.
+            order: position in the order of the records.
+            history: what was done so far.
 
         Raises:
-            OutputError: the disk is full; the one before is still in place.
+            OutputError: the disk is full; the checkpoints before are still in place.
         """
-        if self._hidden is not None:
-            adapter.save(self._hidden, self._base_model)
-        else:
-            if self._before is None:
-                self._keep()
-                self._before = self.saved_step
-            try:
-                adapter.save(self.directory, self._base_model)
-            except BaseException:  # its weights may be in place though its config is not
-                self.roll_back()
-                raise
-        self.saved_step = step
-
-    def _keep(self) -> None:
-        """A second name for the adapter in place; a copy where a file system has no links."""
-        current = self.directory / WEIGHTS_FILE
         try:
-            self._spare.unlink(missing_ok=True)
-            try:
-                os.link(current, self._spare)
-            except OSError:
-                shutil.copyfile(current, self._spare)
+            state = RunState(
+                step=history.step,
+                order=order,
+                history=asdict(history),
+                metrics_bytes=self._sync_metrics(),
+                settings=asdict(self._identity.settings),
+                fingerprints=self._identity.fingerprints,
+                arithmetic=arithmetic(),
+            )
+            self._checkpoints.write(adapter, self._identity.base_model, optimizer, state)
         except OSError as error:
-            self._spare.unlink(missing_ok=True)
-            raise _unwritable(self.directory, error) from error
+            raise unwritable(self.directory, error) from error
+        best = history.best_step == history.step
+        self._pending = _Pending(history.step, best, self.saved_step)
+        self.saved_step = history.step
+
+    def _sync_metrics(self) -> int:
+        """Flush metrics.jsonl to the disk, so that a checkpoint never has more steps than it."""
+        with open(self._root / METRICS_FILE, "ab") as file:
+            os.fsync(file.fileno())
+            return file.tell()
 
     def confirm(self) -> None:
         """A finite loss was computed with the saved parameters.
 
         Raises:
-            OutputError: the files of the first save cannot be put in place.
+            OutputError: the files cannot be put in place; the checkpoint is still there.
         """
-        if self._hidden is not None:
-            try:
-                (self.directory / METRICS_FILE).unlink(missing_ok=True)
-                for path in sorted(self._hidden.iterdir()):
-                    os.replace(path, self.directory / path.name)
-                self._hidden.rmdir()
-            except OSError as error:
-                raise _unwritable(self.directory, error) from error
-            self._hidden = None
-        elif self._before is not None:
-            self._before = None
-            self._spare.unlink(missing_ok=True)
+        if self._pending is None:
+            return
+        step = self._pending.step
+        try:
+            if self._hidden is not None:
+                self._move_in(self._hidden)
+                self._hidden = None
+            if self._pending.best:
+                (self.directory / BEST_FOLDER).mkdir(exist_ok=True)
+                self._publish(step, self.directory / BEST_FOLDER)
+            self._publish(step, self.directory)
+            self.step_in_place, self._pending = step, None
+            self._checkpoints.prune(self._keep)
+        except OSError as error:
+            raise unwritable(self.directory, error) from error
+
+    def _publish(self, step: int, directory: Path) -> None:
+        """Second names for a checkpoint's adapter; its config first, which all of a run share."""
+        source = self._checkpoints.path(step)
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            link_atomically(source / name, directory / name)
+
+    def _move_in(self, hidden: Path) -> None:
+        """Replace what the directory held. The checkpoints come last: without them no run is there.
+
+        What was there before goes into the hidden directory, which is removed in the end.
+        """
+        for name in (FOLDER, BEST_FOLDER):
+            if (self.directory / name).exists():
+                os.rename(self.directory / name, hidden / f"{name}-before")
+        sync_directory(self.directory)
+        for path in sorted(hidden.iterdir()):
+            if path.is_file():
+                os.replace(path, self.directory / path.name)
+        sync_directory(self.directory)
+        os.rename(hidden / FOLDER, self.directory / FOLDER)
+        sync_directory(self.directory)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+    def keep_best(self) -> None:
+        """The checkpoint that was saved last turned out to be the best: `confirm` keeps it."""
+        assert self.saved_step is not None, "a resumed run has one"
+        self._pending = _Pending(self.saved_step, True, None)
 
     def roll_back(self) -> None:
-        """The save failed, or its parameters' loss is not finite: put the adapter before back."""
-        if self._before is not None:
-            os.replace(self._spare, self.directory / WEIGHTS_FILE)
-            self.saved_step, self._before = self._before, None
+        """The pending checkpoint did not prove good: remove it, if there is one before it."""
+        if self._pending is None or self._hidden is not None:
+            return
+        with contextlib.suppress(OSError):
+            if len(self._checkpoints.steps()) > 1:
+                self._checkpoints.remove(self._pending.step)
+        self.saved_step, self._pending = self._pending.before, None
 
     def close(self) -> None:
         """Remove what was never confirmed."""
         if self._hidden is not None:
             shutil.rmtree(self._hidden, ignore_errors=True)
-        self._spare.unlink(missing_ok=True)
 
     def log(self, entry: Mapping[str, object], name: str = METRICS_FILE) -> None:
         """Append one line to a file of JSON lines.
@@ -248,9 +238,26 @@ class RunDir:
         Raises:
             OutputError: the disk is full.
         """
-        directory = self._hidden or self.directory
         try:
-            with open(directory / name, "a", encoding="utf-8") as file:
+            with open(self._root / name, "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
         except OSError as error:
-            raise _unwritable(self.directory, error) from error
+            raise unwritable(self.directory, error) from error
+
+
+class _Pending(NamedTuple):
+    """A checkpoint whose parameters' loss is not known yet."""
+
+    step: int
+    best: bool
+    before: int | None
+    """The step that was saved before it."""
+
+
+def _end_last_line(path: Path) -> None:
+    """End a line of which a killed run wrote only a part, so that the next one stands alone."""
+    with open(path, "a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                file.write(b"\n")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from lowtide.config import setting
+from lowtide.errors import ConfigError
 from lowtide.methods import METHODS, MethodOptions, check_options
-from lowtide.model.adapter import ALL_LINEAR, LoraConfig
 from lowtide.model.decoder import COMPUTE_DTYPES
 from lowtide.weights.storages import STORAGES
 
+from .looking import MannerSettings, SampleSettings
+from .lora_settings import LoraSettings
 from .recipe import MAX_BATCH, OptimizerSettings, RecipeSettings, check_optimizer
 
 MAX_SEED = 2**63 - 1
@@ -21,7 +24,9 @@ MAX_SEED = 2**63 - 1
 class ModelSettings:
     """Which model, and how it computes."""
 
-    model: str = setting(help="model directory, or a Hugging Face hub id", filled=True)
+    model: str = setting(
+        help="model directory, or a Hugging Face hub id", filled=True, changeable=True
+    )
     compute_dtype: str | None = setting(
         None,
         help="dtype of activations and products; none chooses (`lowtide info` says why)",
@@ -38,12 +43,14 @@ class ModelSettings:
         help="CPU threads; none takes one for tiny models, else the cores",
         minimum=1,
         maximum=1024,
+        changeable=True,
     )
     resident_weights: str | None = setting(
         None,
         help="most mapped weights in memory at once, such as 400MB; none keeps all, or as many as "
         "a machine or control group with less memory has room for",
         filled=True,
+        changeable=True,
         metavar="SIZE",
     )
 
@@ -56,6 +63,7 @@ class DataSettings:
         None,
         help="directory with tokenizer.json, where the model's own is not to be used",
         filled=True,
+        changeable=True,
     )
     max_seq_length: int = setting(
         512, help="tokens per sequence; longer ones are cut, and reported", minimum=2
@@ -73,25 +81,9 @@ class DataSettings:
     text_feature: str = setting("text", help="record key of plain text")
     chat_feature: str = setting("messages", help="record key of a chat's messages")
 
-
-@dataclass(frozen=True, kw_only=True)
-class LoraSettings:
-    """The adapter's shape."""
-
-    lora_r: int = setting(8, help="LoRA rank", minimum=1, maximum=8192)
-    lora_alpha: float = setting(16.0, help="LoRA output is scaled by alpha / r", above=0)
-    lora_dropout: float = setting(
-        0.0, help="probability of dropping an adapter's input in training", minimum=0, maximum=0.99
-    )
-    target_modules: str = setting(
-        ALL_LINEAR,
-        help="'all-linear', or names separated by commas such as q_proj,v_proj",
-        listed=True,
-    )
-
-    def lora_config(self) -> LoraConfig:
-        """As the adapter wants it."""
-        return LoraConfig(self.lora_r, self.lora_alpha, self.lora_dropout, self.target_modules)
+    def tokenizer_directory(self, model_directory: Path) -> Path:
+        """Where the tokenizer is: the model's own unless another was named."""
+        return Path(self.tokenizer).expanduser() if self.tokenizer else model_directory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +102,7 @@ class StepSettings(MethodOptions, OptimizerSettings, LoraSettings):
         help="keep peak_anon_bytes within a size such as 400MB, or a share of the free memory such "
         "as 50%, by the fastest setting that fits (see `lowtide plan`)",
         filled=True,
+        changeable=True,
         metavar="SIZE",
     )
 
@@ -130,18 +123,28 @@ def check_step(settings: StepSettings) -> None:
     """
     check_options(settings.method, settings)
     check_optimizer(settings)
+    if settings.use_dora and settings.rounded_dtype is not None:
+        raise ConfigError(
+            "--use-dora with --adapter-dtype bfloat16: magnitudes rounded to 8 bits would change "
+            "every row of the weights by up to 0.4%. Leave --adapter-dtype out."
+        )
 
 
 # Dataclass fields come in reverse order of the bases, which is thus the order of run.yaml.
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings(RecipeSettings, StepSettings, DataSettings, ModelSettings):
+class TrainSettings(
+    RecipeSettings, StepSettings, DataSettings, MannerSettings, SampleSettings, ModelSettings
+):
     """All settings of `lowtide train`."""
 
     data: str = setting(
         help=".jsonl, .json or .txt file, or a directory with {train,valid,test}.jsonl",
         filled=True,
+        changeable=True,
     )
-    adapter_path: str = setting(help="directory to write the adapter to", filled=True)
+    adapter_path: str = setting(
+        help="directory to write the adapter to", filled=True, changeable=True
+    )
     overwrite: bool = setting(False, help="replace the run that --adapter-path already holds")
     batch_size: int = setting(
         1, help="sequences per forward and backward", minimum=1, maximum=MAX_BATCH
@@ -155,16 +158,38 @@ class TrainSettings(RecipeSettings, StepSettings, DataSettings, ModelSettings):
         False, help="let records of similar length share a batch (with --batch-size above 1)"
     )
     seed: int = setting(
-        0, help="seed of initialisation, order and dropout", minimum=0, maximum=MAX_SEED
+        0, help="seed of initialisation, order, dropout and noise", minimum=0, maximum=MAX_SEED
     )
-    valid_data: str | None = setting(None, help="file to validate on", filled=True)
+    neftune_noise_alpha: float | None = setting(
+        None,
+        help="NEFTune: uniform noise on the embeddings in training; usual are 5 to 15",
+        above=0,
+    )
+    valid_data: str | None = setting(None, help="file to validate on", filled=True, changeable=True)
     valid_records: int = setting(
         0, help="hold out the last N records (.txt: windows) of --data for validation", minimum=0
     )
     val_batches: int = setting(
         25, help="batches per validation; 0 uses the whole validation set", minimum=0
     )
-    steps_per_report: int = setting(10, help="updates between lines of progress", minimum=1)
-    steps_per_eval: int = setting(200, help="updates between validations", minimum=1)
-    save_every: int = setting(100, help="updates between saves of the adapter", minimum=1)
-    resume: bool = setting(False, help="not supported yet; refused")
+    steps_per_report: int = setting(
+        10, help="updates between lines of progress", minimum=1, changeable=True
+    )
+    steps_per_eval: int = setting(
+        200, help="updates between validations", minimum=1, changeable=True
+    )
+    save_every: int = setting(100, help="updates between checkpoints", minimum=1, changeable=True)
+    save_minutes: float | None = setting(
+        None, help="minutes after which a checkpoint is due in any case", above=0, changeable=True
+    )
+    keep_checkpoints: int = setting(
+        2, help="checkpoints that are kept, the newest ones", minimum=1, changeable=True
+    )
+    resume: bool = setting(
+        False,
+        help="go on with the run in --adapter-path, from its newest checkpoint; what is not given "
+        "stays as it was",
+    )
+    resume_anyway: bool = setting(
+        False, help="with --resume: though model, data or lowtide's version is another than before"
+    )

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from lowtide.errors import ConfigError
 
 from .recipe import RecipeSettings
+
+if TYPE_CHECKING:
+    from .settings import TrainSettings
 
 
 class EarlyStopping:
@@ -36,7 +43,43 @@ class EarlyStopping:
         else:
             self.waited += 1
 
+    def state(self) -> dict[str, float]:
+        """What `go_on` takes; empty before the first validation."""
+        return {} if math.isinf(self.best) else {"best": self.best, "waited": self.waited}
+
+    def go_on(self, state: Mapping[str, float]) -> None:
+        """Count on from an earlier sitting of the run."""
+        self.best, self.waited = state.get("best", math.inf), int(state.get("waited", 0))
+
     @property
     def due(self) -> bool:
         """Whether the run should end."""
         return self._patience is not None and self.waited >= self._patience
+
+
+def check_stopping(settings: TrainSettings, iters: int, validates: bool) -> None:
+    """Refuse patience that could never end the run.
+
+    Args:
+        settings: of the run.
+        iters: updates it will make.
+        validates: whether there is validation data.
+
+    Raises:
+        ConfigError: says what is missing.
+    """
+    patience = settings.early_stopping_patience
+    if patience is None:
+        return
+    if not validates:
+        raise ConfigError(
+            "--early-stopping-patience counts validations, and there is no validation data. "
+            "Give --valid-data or --valid-records."
+        )
+    before_the_end = (iters - 1) // settings.steps_per_eval
+    if before_the_end < patience:
+        raise ConfigError(
+            f"--early-stopping-patience {patience} could never end this run: of its {iters} "
+            f"updates, validations after the first come every {settings.steps_per_eval} "
+            f"(--steps-per-eval), {before_the_end} before the end. Lower either."
+        )

@@ -130,4 +130,5 @@ class MappedMatrix(StoredMatrix):
     def _widened(self, part: Tensor, buffer: Tensor) -> Tensor:
         if self._direct:
             return part
-        return buffer[: part.numel()].view(part.shape).copy_(part)
+        rows, cols = part.shape
+        return buffer.as_strided((rows, cols), (cols, 1)).copy_(part)

@@ -6,10 +6,12 @@ storage; the adapter is one storage, and a second copy of it would be the peak o
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +24,11 @@ _DTYPES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
     torch.int8: "I8",
+    torch.uint8: "U8",
 }
 
 
@@ -36,8 +42,14 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         OutputError: the disk is full or the directory cannot be written; nothing is left behind.
     """
-    header = safetensors_header({name: (t.dtype, t.shape) for name, t in tensors.items()})
-    write_atomically(path, [header, *(tensor_bytes(t) for t in tensors.values())])
+    write_atomically(path, safetensors_parts(tensors))
+
+
+def safetensors_parts(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """The content of a safetensors file, piece by piece: its header, then each tensor's bytes."""
+    yield safetensors_header({name: (t.dtype, t.shape) for name, t in tensors.items()})
+    for tensor in tensors.values():
+        yield tensor_bytes(tensor)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -73,6 +85,27 @@ def safetensors_header(
     return len(text).to_bytes(8, "little") + text
 
 
+class Digest:
+    """Size and SHA-256 of what is written through it."""
+
+    def __init__(self) -> None:
+        """Of nothing yet."""
+        self.bytes = 0
+        self._hash = hashlib.sha256()
+
+    @property
+    def sha256(self) -> str:
+        """Of all that went through, in hexadecimal."""
+        return self._hash.hexdigest()
+
+    def of(self, parts: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+        """Pass the parts on, counting and hashing each."""
+        for part in parts:
+            self._hash.update(part)
+            self.bytes += part.nbytes if isinstance(part, memoryview) else len(part)
+            yield part
+
+
 def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """Write `parts` to a temporary file, fsync, rename over `path`, fsync the directory.
 
@@ -83,24 +116,68 @@ def write_atomically(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     Raises:
         OutputError: the disk is full or the directory cannot be written; nothing is left behind.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     try:
-        with open(temporary, "wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
+        write_synced(temporary, parts)
         os.replace(temporary, path)
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_directory(path.parent)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a directory that is gone has nothing left to remove
+            temporary.unlink(missing_ok=True)
         if not isinstance(error, OSError):
             raise  # Ctrl-C among them
         raise OutputError(
             f"{path} cannot be written: {error.strerror}. Free some space or choose another "
             "directory; what was there before is unchanged."
         ) from error
+
+
+def write_synced(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    """Write a file and flush it to the disk; its directory entry is not flushed."""
+    with open(path, "wb") as file:
+        for part in parts:
+            file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_directory(directory: Path) -> None:
+    """Flush a directory's entries to the disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def link_atomically(source: Path, path: Path) -> None:
+    """Give a file a second name in one step; a copy where the file system has no links.
+
+    Args:
+        source: a file that is on the disk already.
+        path: its second name, on the same file system; whatever it meant before is replaced.
+    """
+    temporary = _temporary(path)
+    try:
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            write_synced(temporary, pieces(source))
+        os.replace(temporary, path)
+        sync_directory(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def pieces(path: Path) -> Iterator[bytes]:
+    """A file's bytes, a megabyte at a time."""
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            yield piece
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -1,0 +1,76 @@
+"""What tells one model or data set from another, so that a run goes on with its own only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+
+import lowtide
+from lowtide.errors import DataError
+from lowtide.model.decoder import Decoder
+
+_SAMPLES, _SAMPLE_BYTES = 256, 4096
+
+
+def model_fingerprint(model: Decoder) -> str:
+    """SHA-256 of config.json and of samples of the weight files.
+
+    A file counts by its size and 4 KB at 256 evenly spaced places, its header among them: 1 MB is
+    read where all would be gigabytes. Another training of the same shape differs in nearly every
+    byte; a file that differs in a few places only may pass for the same.
+
+    Args:
+        model: open.
+
+    Returns:
+        Hexadecimal.
+    """
+    config = json.loads((model.directory / "config.json").read_bytes())
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for path in model.checkpoint.files:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            size = os.fstat(descriptor).st_size
+            digest.update(str(size).encode())
+            for number in range(_SAMPLES):
+                digest.update(os.pread(descriptor, _SAMPLE_BYTES, number * size // _SAMPLES))
+        finally:
+            os.close(descriptor)
+    return digest.hexdigest()
+
+
+def file_fingerprint(path: Path) -> str:
+    """SHA-256 of a whole file, such as a token cache.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Hexadecimal.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def arithmetic() -> dict[str, str]:
+    """What rounding depends on beside the run's settings: where it changes, so do last digits."""
+    return {
+        "torch": torch.__version__,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def version() -> str:
+    """Of lowtide."""
+    return lowtide.__version__

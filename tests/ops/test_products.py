@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from lowtide.ops import products
-from lowtide.ops.products import add_product_, kernels, onednn_is_faster, product_, scratch_bytes
+from lowtide.ops.products import (
+    add_product_,
+    goes_to_onednn,
+    kernels,
+    onednn_is_faster,
+    product_,
+    products_as,
+    scratch_bytes,
+)
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -63,6 +71,19 @@ def test_results_go_into_columns_of_a_larger_matrix(library: str) -> None:
     assert torch.equal(whole[:, 80:160], product_(torch.empty(150, 80), x, w_t))
 
 
+@pytest.mark.parametrize("apart", ["x", "w"])
+def test_layouts_that_onednn_has_no_kernel_for_are_torchs(
+    library: str, apart: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, w_t = torch.randn(128, 64), torch.randn(64, 96)
+    if apart == "x":
+        x = x.t().contiguous().t()
+    else:
+        w_t = torch.randn(96, 200)[:, :64].t()
+    monkeypatch.setattr(products, "_onednn", lambda x, w_t: pytest.fail("it went to oneDNN"))
+    assert torch.equal(product_(torch.empty(128, 96), x, w_t), x @ w_t)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes_are_torchs(library: str, dtype: torch.dtype) -> None:
     x, w_t = (t.to(dtype) for t in _operands(80, 64, 96, "rows"))
@@ -89,6 +110,16 @@ def test_few_sizes_of_pieces(library: str) -> None:
     assert seen == ({64, 128, 256} if library == "onednn" else set())
 
 
+def test_a_choice_of_torch_is_kept_for_as_long_as_it_was_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    with products_as("torch"):
+        assert not goes_to_onednn()
+        assert kernels(256, 256) == set()
+    assert goes_to_onednn()
+
+
 @pytest.mark.parametrize(
     ("capability", "vendor", "expected"),
     [("AVX512", "AuthenticAMD", True), ("AVX512", "GenuineIntel", False),
@@ -102,5 +133,6 @@ def test_the_processor_decides(
     monkeypatch.setattr(products, "_CPUINFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     onednn_is_faster.cache_clear()
-    assert onednn_is_faster() is expected
+    with torch.device("meta"):  # as where sizes are predicted
+        assert onednn_is_faster() is expected
     onednn_is_faster.cache_clear()

@@ -76,10 +76,11 @@ def test_every_optimiser_and_schedule_is_here() -> None:
     assert set(SCHEDULES) >= set(NAMES)
 
 
-QUICK = list(zip(OPTIMISERS, [*SCHEDULES, *SCHEDULES], strict=False))
+# Each optimiser with one of the schedules.
+PAIRS = list(zip(OPTIMISERS, [*SCHEDULES, *SCHEDULES], strict=False))
 
 
-@pytest.mark.parametrize(("optimiser", "schedule"), QUICK)
+@pytest.mark.parametrize(("optimiser", "schedule"), PAIRS)
 def test_curves_on_a_small_model(
     optimiser: str, schedule: str, model: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -135,11 +136,17 @@ def compared(
 @pytest.mark.parametrize("schedule", list(SCHEDULES))
 @pytest.mark.parametrize("optimiser", list(OPTIMISERS))
 @pytest.mark.parametrize("data", list(DATA))
-@pytest.mark.parametrize("model", list(MODELS))
-def test_curves_on_real_text(
-    model: str, data: str, optimiser: str, schedule: str, tmp_path: Path
+def test_curves_on_real_text(data: str, optimiser: str, schedule: str, tmp_path: Path) -> None:
+    compared("stories260K", data, optimiser, schedule, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data", list(DATA))
+@pytest.mark.parametrize(("optimiser", "schedule"), PAIRS)
+def test_curves_of_the_bundled_model(
+    data: str, optimiser: str, schedule: str, tmp_path: Path
 ) -> None:
-    compared(model, data, optimiser, schedule, tmp_path)
+    compared("bundled", data, optimiser, schedule, tmp_path)
 
 
 @pytest.mark.slow

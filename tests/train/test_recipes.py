@@ -13,6 +13,8 @@ from runs import train
 
 import lowtide as lt
 from lowtide.errors import ConfigError
+from lowtide.train.history import StepReport
+from lowtide.train.observers import Quiet
 from lowtide.train.recipe import RecipeSettings, check_recipe
 from lowtide.train.schedule import SCHEDULES
 from lowtide.train.stopping import EarlyStopping
@@ -97,6 +99,36 @@ def test_patience_lets_a_run_that_improves_go_on(model: Path, data: Path, tmp_pa
     )  # fmt: skip
     assert result.steps == 12
     assert not result.stopped_early
+
+
+class Stops(Quiet):
+    """Ends the run as if the process had died after an update."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step(self, report: StepReport) -> None:
+        if report.step == self.step:
+            raise RuntimeError("died")
+
+
+@pytest.mark.parametrize("step", [1, 3, 5, 6])
+def test_patience_counts_on_after_a_resume(
+    step: int, model: Path, data: Path, tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {
+        "valid_data": data, "steps_per_eval": 2, "save_every": 1, "iters": 30,
+        "learning_rate": 1e-9, "early_stopping_patience": 3, "early_stopping_min_delta": 0.01,
+    }  # fmt: skip
+    out = tmp_path / "out"
+    with pytest.raises(RuntimeError, match="died"):
+        train(model, data, out, observer=Stops(step), **given)
+    result = lt.train(adapter_path=out, resume=True)
+    assert (result.steps, result.stopped_early) == (6, True)
+    again = lt.train(adapter_path=out, resume=True)
+    assert (again.steps, again.stopped_early) == (6, True)
+    more = lt.train(adapter_path=out, resume=True, early_stopping_patience=5)
+    assert (more.steps, more.stopped_early) == (10, True)
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,10 @@ class WatchedMethod:
         """See `Method.reserve`."""
         self._method.reserve(model, max_tokens, max_length)
 
+    def release(self) -> None:
+        """See `Method.release`."""
+        self._method.release()
+
     def step(
         self, model: Decoder, adapter: Adapter, batch: Batch, sink: GradSink, step: Step
     ) -> float:

@@ -12,7 +12,7 @@ from lowtide.infer.evaluate import Evaluation
 from lowtide.model.adapter import Adapter
 from lowtide.model.decoder import Decoder
 from lowtide.train.history import StepReport, TrainResult
-from lowtide.train.observers import Quiet
+from lowtide.train.observers import Quiet, Sample
 from lowtide.train.resume import Resumption, settle
 from lowtide.train.run import train
 from lowtide.train.settings import TrainSettings
@@ -51,7 +51,7 @@ class Progress(Quiet):
         self._settings, self._output = settings, output
         self._bar: _Bar | None = None
         self._iters = 0
-        self._wall = 0.0
+        self._wall, self._step = 0.0, 0
         self._first = 1
         self._recent: list[StepReport] = []
 
@@ -93,6 +93,7 @@ class Progress(Quiet):
     def on_step(self, report: StepReport) -> None:
         """Advance the bar, or print a line now and then."""
         self._wall += report.wall_s
+        self._step = report.step
         self._recent.append(report)
         made = report.step - self._first + 1
         left = (self._iters - report.step) * self._wall / made
@@ -127,6 +128,15 @@ class Progress(Quiet):
     def on_save(self, step: int) -> None:
         """Print where the checkpoint went."""
         self._output.say(f"step {step}: saved to {self._settings.adapter_path}")
+
+    def on_sample(self, sample: Sample) -> None:
+        """Print it, in short."""
+        self._output.say(f"step {sample.step}: {sample.prompt!r} -> {sample.text!r}")
+
+    def on_pause(self, reason: str | None) -> None:
+        """Say why the run pauses, and that it goes on."""
+        step = self._step
+        self._output.say(f"paused after step {step}: {reason}" if reason else "going on")
 
     def on_stopping(self) -> None:
         """Say that a signal was heard."""

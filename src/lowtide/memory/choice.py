@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from lowtide.errors import ConfigError
 from lowtide.methods.options import MethodOptions
 from lowtide.model.workspace import TILES
+from lowtide.ops.products import goes_to_onednn
 from lowtide.train.states import STATES
 
 from .plan import PLANNED, Plan, Workload, optimizer_bytes, predict
@@ -37,6 +40,8 @@ def candidates(work: Workload, asked: MethodOptions) -> Iterator[Plan]:
     yield from (predict(work, replace(least, block_inputs=place)) for place in places[1:])
     least = replace(least, block_inputs=places[-1])
     yield from (predict(work, replace(least, tiles=tile)) for tile in tiles[1:])
+    if asked.products == usual.products and work.dtype == torch.float32 and goes_to_onednn():
+        yield predict(work, replace(least, tiles=tiles[-1], products="torch"))
 
 
 def choose(work: Workload, asked: MethodOptions, budget_bytes: int) -> Plan:
@@ -153,5 +158,5 @@ def check_planned(method: str) -> None:
 
 def chosen(options: MethodOptions) -> dict[str, Any]:
     """What the planner decided, by setting."""
-    names = ("keep_blocks", "block_inputs", "tiles")
+    names = ("keep_blocks", "block_inputs", "tiles", "products")
     return {name: getattr(options, name) for name in names}

@@ -20,7 +20,7 @@ from lowtide.model.kept import kept_elements
 from lowtide.model.spec import ModelSpec
 from lowtide.model.workspace import Workspace, mlp_tile_width, score_capacity
 from lowtide.ops.attention import allocated_elements, self_segments
-from lowtide.ops.products import KERNEL_BYTES, kernels, scratch_bytes
+from lowtide.ops.products import KERNEL_BYTES, kernels, products_as, scratch_bytes
 from lowtide.train.optim import OPTIMIZERS, Held
 from lowtide.train.states import master_bytes
 from lowtide.weights.storages import STORAGES
@@ -108,6 +108,11 @@ def predict(work: Workload, options: MethodOptions) -> Plan:
     Returns:
         The plan of these options.
     """
+    with products_as(options.products):
+        return _predict(work, options)
+
+
+def _predict(work: Workload, options: MethodOptions) -> Plan:
     spec, size, tokens = work.spec, work.dtype.itemsize, work.tokens
     layers, rank = spec.num_layers, work.config.r
     adapter = adapter_parameters(spec, work.config)

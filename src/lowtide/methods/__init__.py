@@ -15,6 +15,7 @@ from lowtide.errors import ConfigError, DataError
 from lowtide.model.adapter import Adapter
 from lowtide.model.batch import Batch
 from lowtide.model.decoder import Decoder
+from lowtide.ops.products import use_products
 
 from .autograd import Autograd
 from .base import GradSink, Method, Step
@@ -64,6 +65,7 @@ def get_method(name: str, options: MethodOptions | None = None) -> Method:
         raise ConfigError(f"unknown method {name!r}; choose {', '.join(METHODS)}.{hint}")
     options = options or MethodOptions()
     check_options(name, options)
+    use_products(options.products)
     return METHODS[name](options)
 
 

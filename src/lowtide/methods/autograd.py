@@ -25,6 +25,9 @@ class Autograd:
     def reserve(self, model: Decoder, max_tokens: int, max_length: int) -> None:
         """See `Method.reserve`. Autograd allocates as it goes."""
 
+    def release(self) -> None:
+        """See `Method.release`. Nothing is kept."""
+
     def step(
         self, model: Decoder, adapter: Adapter, batch: Batch, sink: GradSink, step: Step
     ) -> float:

@@ -54,6 +54,9 @@ class Method(Protocol):
         Without it buffers grow with the batches that come, and old ones may leave holes behind.
         """
 
+    def release(self) -> None:
+        """Free what is kept between calls; the next call makes it again."""
+
     def step(
         self, model: Decoder, adapter: Adapter, batch: Batch, sink: GradSink, step: Step
     ) -> float:

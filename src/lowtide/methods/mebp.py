@@ -96,6 +96,10 @@ class Mebp:
         """See `Method.reserve`."""
         self._buffers.reserve(model, max_tokens, max_length, model.spec.num_layers + 1)
 
+    def release(self) -> None:
+        """See `Method.release`."""
+        self._buffers.release()
+
     def step(
         self, model: Decoder, adapter: Adapter, batch: Batch, sink: GradSink, step: Step
     ) -> float:

@@ -45,6 +45,11 @@ class Mesp:
         self._keep(model, max_tokens)
         self._buffers.reserve(model, max_tokens, max_length, model.spec.num_layers + 1)
 
+    def release(self) -> None:
+        """See `Method.release`."""
+        self._buffers.release()
+        self._stored_h = self._kept = None
+
     def step(
         self, model: Decoder, adapter: Adapter, batch: Batch, sink: GradSink, step: Step
     ) -> float:

@@ -82,6 +82,10 @@ class Mezo:
         """See `Method.reserve`."""
         self._buffers.reserve(model, max_tokens, max_length, 2)
 
+    def release(self) -> None:
+        """See `Method.release`."""
+        self._buffers.release()
+
     def step(
         self, model: Decoder, adapter: Adapter, batch: Batch, sink: GradSink, step: Step
     ) -> float:

@@ -31,7 +31,7 @@ def available(dtype: torch.dtype) -> bool:
     Returns:
         False where the tiles of `ops.attention` are used.
     """
-    q = torch.zeros(1, 1, 2, 2, dtype=dtype)
+    q = torch.zeros(1, 1, 2, 2, dtype=dtype, device="cpu")
     try:
         o, lse = _forward(q, q, q, 1.0)
         _backward(q, q, q, q, o, lse, 1.0)

@@ -80,7 +80,8 @@ class Trainer:
             ConfigError: the schedule or the groups do not fit the run.
         """
         self.model, self.adapter, self.method, self.settings = model, adapter, method, settings
-        self._guard, self._stop = guard, stop or Stop()
+        self.guard, self.stop = guard, stop or Stop()
+        self._meter = MemoryMeter()
         self.iters = settings.iters or DEFAULT_ITERS
         self._schedule = Schedule.of(settings, self.iters)
         self._optimizer = OPTIMIZERS[settings.optimizer](settings, adapter.parameters)
@@ -93,10 +94,10 @@ class Trainer:
         self._whole = True
         """Whether the parameters are those of `history.step`: not while an update is made."""
 
-    @property
-    def budget_bytes(self) -> int | None:
-        """What `--memory-budget` allows."""
-        return None if self._guard is None else self._guard.budget_bytes
+    def rest(self, resting: bool) -> None:
+        """While the run pauses, hold little and do nothing; the next update makes what it needs."""
+        self.method.release()
+        self._meter.rest(resting)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Become what the trainer was when it wrote a checkpoint.
@@ -124,8 +125,8 @@ class Trainer:
         Raises:
             BudgetError: they need more than the budget, or than is free.
         """
-        if self._guard is not None:
-            self._guard.admit(lengths)
+        if self.guard is not None:
+            self.guard.admit(lengths)
         self.method.reserve(self.model, sum(lengths), max(lengths))
 
     def update(self, batches: list[Batch], step: int) -> Update:
@@ -144,9 +145,9 @@ class Trainer:
             BudgetError: a batch needs more than the budget, or than is free; nothing was done.
             ModelError: a weight file changed since the model was loaded.
         """
-        if self._guard is not None:
+        if self.guard is not None:
             for lengths in {batch.lengths for batch in batches}:
-                self._guard.admit(lengths)
+                self.guard.admit(lengths)
         n_tokens = sum(batch.n_tokens for batch in batches)
 
         def run(sink: GradSink) -> float:
@@ -192,7 +193,7 @@ class Trainer:
         run = _Run(train, valid, run_dir, observer, order)
         interrupted = False
         try:
-            with MemoryMeter() as meter:
+            with self._meter as meter:
                 try:
                     self._steps(run, meter)
                 except KeyboardInterrupt:
@@ -210,7 +211,7 @@ class Trainer:
         train, valid, run_dir, observer, _ = run
         s = self.settings
         self.reserve(largest_batch(s, train, valid))
-        if self._first == 1:
+        if run_dir.saved_step is None:
             self._validate(run)
             self._save(run)
         elif self._validation_due(self._first - 1) and self._validate(run):
@@ -221,14 +222,14 @@ class Trainer:
             if self._stopping.due:
                 self.history.stopped_early = True
                 return
-            with self._stop.shielded():
-                with self._stop.shielded(update=True):
+            with self.stop.shielded():
+                with self.stop.shielded(update=True):
                     report = self._update(run, step, meter)
                 run_dir.confirm()
                 observer.on_step(report)
-                if self._guard is not None:
-                    self._guard.check(report.peak_anon_bytes)
-            self._stop.check()
+                if self.guard is not None:
+                    self.guard.check(report.peak_anon_bytes)
+            self.stop.check()
             best = self._validation_due(step) and self._validate(run)
             late = s.save_minutes is not None and monotonic() - saved >= 60 * s.save_minutes
             if (best or late or step % s.save_every == 0) and step < self.iters:
@@ -248,9 +249,9 @@ class Trainer:
         return report
 
     def _save(self, run: _Run) -> None:
-        with self._stop.shielded():
+        with self.stop.shielded():
             self._write(run)
-        self._stop.check()
+        self.stop.check()
 
     def _write(self, run: _Run) -> None:
         assert self._order is not None, "set where the run began"
@@ -262,7 +263,7 @@ class Trainer:
         history, run_dir = self.history, run.run_dir
         if not self._whole or history.step < self._first:
             return
-        with self._stop.shielded():
+        with self.stop.shielded():
             if run_dir.saved_step != history.step:
                 self._write(run)
             if history.validated_step != history.step:
@@ -286,12 +287,12 @@ class Trainer:
             batch_size=s.batch_size, max_batches=s.val_batches,
         )  # fmt: skip
         step = self.history.step
-        with self._stop.shielded():
+        with self.stop.shielded():
             best = self.history.validated(result.loss)
             self._stopping.see(result.loss)
             self.history.stopping = self._stopping.state()
             run.observer.on_valid(step, result)
-        self._stop.check()
+        self.stop.check()
         return best
 
 

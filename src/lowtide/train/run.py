@@ -11,6 +11,7 @@ from lowtide.config import build
 from lowtide.data.cache import TokenDataset
 from lowtide.data.formats import FeatureNames
 from lowtide.data.prepare import PrepareRequest, prepare
+from lowtide.device import lower_priority
 from lowtide.errors import ConfigError, DataError
 from lowtide.methods import get_method
 from lowtide.model.adapter import Adapter
@@ -21,6 +22,7 @@ from .budget import within_budget
 from .fingerprint import file_fingerprint, model_fingerprint
 from .groups import Groups
 from .history import TrainResult
+from .looking import check_manners, check_samples
 from .loop import Trainer
 from .observers import Quiet, RunObserver
 from .optim import OPTIMIZERS
@@ -63,6 +65,8 @@ def train(
     check_supported(settings)
     directory = Path(settings.adapter_path).expanduser()
     check_output(directory, settings.overwrite or settings.resume)
+    if settings.nice is not None:
+        lower_priority(settings.nice)
     stop = Stop(observer.on_stopping)
     with stop.listening(), made_directory(directory) as caches:
         check_output(directory, settings.overwrite or settings.resume)  # nobody else writes now
@@ -138,6 +142,8 @@ def check_supported(settings: TrainSettings) -> None:
     check_step(settings)
     check_batches(settings)
     check_recipe(settings, settings.learning_rate)
+    check_samples(settings)
+    check_manners(settings)
     if settings.epochs is None:
         Schedule.of(settings, updates_of(settings, 0))  # refuses a warm-up that is too long
     if settings.valid_data is not None and settings.valid_records:
@@ -175,10 +181,9 @@ def data_request(
     settings: DataSettings, model: Decoder, data: str, out: Path, **more: Any
 ) -> PrepareRequest:
     """What the tokenising child is asked to do."""
-    tokenizer = Path(settings.tokenizer).expanduser() if settings.tokenizer else model.directory
     return PrepareRequest(
         data=Path(data).expanduser(),
-        tokenizer=tokenizer,
+        tokenizer=settings.tokenizer_directory(model.directory),
         out=out,
         max_seq_length=settings.max_seq_length,
         vocab_size=model.spec.vocab_size,

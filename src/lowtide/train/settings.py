@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -12,6 +13,7 @@ from lowtide.model.adapter import ALL_LINEAR, LoraConfig
 from lowtide.model.decoder import COMPUTE_DTYPES
 from lowtide.weights.storages import STORAGES
 
+from .looking import MannerSettings, SampleSettings
 from .recipe import MAX_BATCH, OptimizerSettings, RecipeSettings, check_optimizer
 
 MAX_SEED = 2**63 - 1
@@ -78,6 +80,10 @@ class DataSettings:
     text_feature: str = setting("text", help="record key of plain text")
     chat_feature: str = setting("messages", help="record key of a chat's messages")
 
+    def tokenizer_directory(self, model_directory: Path) -> Path:
+        """Where the tokenizer is: the model's own unless another was named."""
+        return Path(self.tokenizer).expanduser() if self.tokenizer else model_directory
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings:
@@ -140,7 +146,9 @@ def check_step(settings: StepSettings) -> None:
 
 # Dataclass fields come in reverse order of the bases, which is thus the order of run.yaml.
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings(RecipeSettings, StepSettings, DataSettings, ModelSettings):
+class TrainSettings(
+    RecipeSettings, StepSettings, DataSettings, MannerSettings, SampleSettings, ModelSettings
+):
     """All settings of `lowtide train`."""
 
     data: str = setting(

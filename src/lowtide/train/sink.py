@@ -1,7 +1,7 @@
 """Where gradients go: applied at once and freed, or summed until the update is complete.
 
-An update is one pass over its micro-batches, or two; `updater` chooses. Norms cost no pass of
-their own: each gradient's is needed to see that it is finite.
+An update is one pass over its micro-batches, or two; `updater` chooses. A gradient's norm is also
+how it is seen to be finite, so that norms are known in every mode.
 """
 
 from __future__ import annotations

@@ -133,7 +133,7 @@ def test_the_directory_alone_says_all_that_a_resumed_run_needs(
     given = {"iters": 6, "save_every": 2, "seed": 3, "lora_r": 3}
     train(model, data, tmp_path / "whole", **given)
     out = tmp_path / "out"
-    stopped(model, data, out, 4, **given)
+    stopped(model, data, out, 4, **given, sample_prompt=["a number"], sample_tokens=2)
     outcome = small.run("train", "--resume", "--adapter-path", out)
     assert outcome.code == 0, outcome.err
     assert f"resumed  {out}/checkpoints/step-2" in outcome.out

@@ -1,4 +1,4 @@
-"""The settings of what goes on beside the updates: samples, manners on the device."""
+"""The settings of what goes on beside the updates: samples, trackers, manners on the device."""
 
 from __future__ import annotations
 
@@ -32,6 +32,19 @@ class SampleSettings:
         None,
         help=f"tokens of a sample at most; none takes {SAMPLE_TOKENS}",
         minimum=1,
+        changeable=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackerSettings:
+    """Other programs that take the figures."""
+
+    report_to: str | None = setting(
+        None,
+        help="send the figures to tensorboard, to wandb, or to both, separated by commas",
+        listed=True,
+        filled=True,
         changeable=True,
     )
 

@@ -37,6 +37,8 @@ class Rule:
     """Text must not be empty."""
     listed: bool = False
     """Text that may come as a list, which is joined by commas."""
+    mapped: bool = False
+    """Text that may come as a mapping, which becomes `key=value` pairs joined by commas."""
     elsewhere: Mapping[str, str] = field(default_factory=dict)
     """What other programs call a choice -> what to give here; used in suggestions only."""
     metavar: str | None = None
@@ -146,6 +148,8 @@ def _converted(value: Any, base: type, rule: Rule) -> Any:
         return str(value)
     if base is str and rule.listed and isinstance(value, list | tuple):
         return ",".join(map(str, value))
+    if base is str and rule.mapped and isinstance(value, Mapping):
+        return ",".join(f"{key}={one}" for key, one in value.items())
     return value
 
 
@@ -271,6 +275,8 @@ def _metavar(base: type, rule: Rule) -> str:
         return "|".join(rule.choices)
     if rule.listed:
         return "LIST"
+    if rule.mapped:
+        return "KEY=VALUE,..."
     return "PATH" if rule.filled else {int: "N", float: "X"}.get(base, "TEXT")
 
 

@@ -105,7 +105,7 @@ def timeline_step(
         _first_products(model, tokens)
         ledger.settle()
         adapter = Adapter.create(
-            model, settings.lora_config(), settings.seed, settings.rounded_dtype
+            model, settings.lora_config(model.spec), settings.seed, settings.rounded_dtype
         )
         method = WatchedMethod(get_method(settings.method, settings), ledger)
         trainer = Trainer(model, adapter, method, train_settings(at), guard)

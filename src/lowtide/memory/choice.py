@@ -30,7 +30,7 @@ def candidates(work: Workload, asked: MethodOptions) -> Iterator[Plan]:
     usual = MethodOptions()
     keeps = [asked.keep_blocks]
     if work.method == "mesp" and asked.keep_blocks == usual.keep_blocks:
-        keeps = list(range(work.spec.num_layers, -1, -1))
+        keeps = list(range(work.shape.trained_blocks, -1, -1))
     places = [asked.block_inputs]
     if work.method == "mesp" and asked.block_inputs == usual.block_inputs:
         places = ["memory", "file"]

@@ -35,7 +35,7 @@ class Autograd:
         leaves = adapter.leaves()
         with torch.enable_grad():
             tracked = Adapter(adapter.config, leaves)
-            loss = reference_loss(model, tracked, batch, step.dropout_seed)
+            loss = reference_loss(model, tracked, batch, step.dropout_seed, step.noise)
             total = require_finite(loss.detach())
             grads = torch.autograd.grad(loss * step.scale, list(leaves.values()))
         for name, grad in zip(leaves, grads, strict=True):

@@ -114,7 +114,9 @@ class Mezo:
         return float(structured_losses(model, adapter, batch, self._buffers).sum())
 
     def _total(self, model: Decoder, adapter: Adapter, batch: Batch, step: Step) -> float:
-        losses = structured_losses(model, adapter, batch, self._buffers, step.dropout_seed)
+        losses = structured_losses(
+            model, adapter, batch, self._buffers, step.dropout_seed, step.noise
+        )
         # Two nearly equal sums are subtracted, so they are formed in float64.
         try:
             return require_finite(losses.double())

@@ -125,13 +125,16 @@ class Workspace:
         parts = [*self._wide, *self._narrow, self._raw, self.tile, self._columns, *self.scores]
         return sum(part.numel() for part in parts) * self.dtype.itemsize
 
-    def untouched_bytes(self, *, backward: bool, widened: bool, recomputes: bool) -> int:
+    def untouched_bytes(
+        self, *, backward: bool, widened: bool, recomputes: bool, apart: bool = False
+    ) -> int:
         """Bytes reserved that a step of the largest batch never touches.
 
         Args:
             backward: whether there is one.
             widened: whether tiles are copies of the weights in another dtype.
             recomputes: whether any block is recomputed, instead of all being kept.
+            apart: whether an adapter has branches formed apart from their residual, as DoRA does.
 
         Returns:
             Their sum.
@@ -144,7 +147,7 @@ class Workspace:
         if fused:
             parts += self.scores
         if not backward:
-            touched = tokens * _scratch_width(spec)
+            touched = tokens * max(_scratch_width(spec), spec.hidden_size if apart else 0)
             parts += [self._wide[3], self._wide[4][touched:], *self._wide[5:]]
             parts += self._narrow[2:]
             parts += [] if fused else self.scores[1:]

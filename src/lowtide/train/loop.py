@@ -19,6 +19,7 @@ from lowtide.methods.base import require_finite
 from lowtide.model.adapter import Adapter
 from lowtide.model.batch import Batch
 from lowtide.model.decoder import Decoder
+from lowtide.model.neftune import Noise
 
 from .budget import Guard
 from .checkpoints import OPTIMIZER_FILE, Checkpoint
@@ -154,7 +155,7 @@ class Trainer:
             total = 0.0
             for number, batch in enumerate(batches):
                 seed = (self.settings.seed * 1_000_003 + step) * 1_009 + number
-                one = Step(1.0 / n_tokens, seed, step - 1, seed)
+                one = Step(1.0 / n_tokens, seed, step - 1, seed, noise_of(self.settings, seed))
                 total += self.method.step(self.model, self.adapter, batch, sink, one)
             return total
 
@@ -294,6 +295,12 @@ class Trainer:
             run.observer.on_valid(step, result)
         self.stop.check()
         return best
+
+
+def noise_of(settings: TrainSettings, seed: int) -> Noise | None:
+    """NEFTune's noise of a micro-batch, whose seed is mixed so that dropout's is another."""
+    alpha = settings.neftune_noise_alpha
+    return None if alpha is None else Noise(alpha, (seed * 0x9E3779B1 + 1) & (1 << 62) - 1)
 
 
 def measured_update(

@@ -19,6 +19,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from lowtide.elsewhere import ELSEWHERE
 from lowtide.errors import ConfigError, listed
 from lowtide.settings_file import read_yaml
 
@@ -36,6 +37,8 @@ class Rule:
     """Text must not be empty."""
     listed: bool = False
     """Text that may come as a list, which is joined by commas."""
+    mapped: bool = False
+    """Text that may come as a mapping, which becomes `key=value` pairs joined by commas."""
     elsewhere: Mapping[str, str] = field(default_factory=dict)
     """What other programs call a choice -> what to give here; used in suggestions only."""
     metavar: str | None = None
@@ -91,40 +94,6 @@ def build(kind: type[S], given: Mapping[str, Any]) -> S:
     return kind(**values)
 
 
-ELSEWHERE = {
-    "lr": "learning_rate",
-    "rank": "lora_r",
-    "r": "lora_r",
-    "alpha": "lora_alpha",
-    "dropout": "lora_dropout",
-    "steps": "iters",
-    "max_steps": "iters",
-    "max_length": "max_seq_length",
-    "seq_len": "max_seq_length",
-    "out": "adapter_path",
-    "output_dir": "adapter_path",
-    "adapter": "adapter_path",
-    "max_new_tokens": "max_tokens",
-    "gradient_accumulation_steps": "grad_accumulation_steps",
-    "optim": "optimizer",
-    "num_train_epochs": "epochs",
-    "lr_scheduler_type": "lr_schedule",
-    "lr_scheduler": "lr_schedule",
-    "warmup": "warmup_steps",
-    "num_warmup_steps": "warmup_steps",
-    "clip_grad_norm": "max_grad_norm",
-    "grad_clip": "max_grad_norm",
-    "adam_beta1": "beta1",
-    "adam_beta2": "beta2",
-    "adam_epsilon": "adam_eps",
-    "lora_plus_ratio": "loraplus_lr_ratio",
-    "loraplus_ratio": "loraplus_lr_ratio",
-    "patience": "early_stopping_patience",
-    "early_stopping_threshold": "early_stopping_min_delta",
-}
-"""What other programs call a setting -> what it is called here; used in suggestions only."""
-
-
 def _setting_meant(name: str, known: Mapping[str, Any]) -> str:
     usual = ELSEWHERE.get(name)
     if usual is not None and usual in known:
@@ -148,7 +117,7 @@ def _base_type(hint: Any) -> tuple[type, bool]:
     if isinstance(hint, types.UnionType):
         plain = [arg for arg in typing.get_args(hint) if arg is not type(None)]
         return plain[0], len(plain) < len(typing.get_args(hint))
-    return hint, False
+    return typing.get_origin(hint) or hint, False
 
 
 def _checked(name: str, value: Any, hint: Any, rule: Rule) -> Any:
@@ -156,6 +125,8 @@ def _checked(name: str, value: Any, hint: Any, rule: Rule) -> Any:
     base, optional = _base_type(hint)
     if value is None and optional:
         return None
+    if base is tuple:
+        return _texts(name, value, rule)
     value = _converted(value, base, rule)
     if not isinstance(value, base) or (base is not bool and isinstance(value, bool)):
         raise ValueError(f"{name} = {value!r}: expected {_kind_name(base)}")
@@ -177,7 +148,19 @@ def _converted(value: Any, base: type, rule: Rule) -> Any:
         return str(value)
     if base is str and rule.listed and isinstance(value, list | tuple):
         return ",".join(map(str, value))
+    if base is str and rule.mapped and isinstance(value, Mapping):
+        return ",".join(f"{key}={one}" for key, one in value.items())
     return value
+
+
+def _texts(name: str, value: Any, rule: Rule) -> tuple[str, ...]:
+    """Several texts, of which one may stand alone."""
+    values = value if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(one, str) for one in values):
+        raise ValueError(f"{name} = {value!r}: expected text, or a list of texts")
+    for one in values:
+        _check_text(name, one, rule)
+    return tuple(values)
 
 
 def _check_text(name: str, value: str, rule: Rule) -> None:
@@ -254,6 +237,8 @@ def parser_for(kind: type, prog: str, description: str) -> Parser:
         options["help"] = text.replace("%", "%%")
         if base is bool:
             options["action"] = argparse.BooleanOptionalAction
+        elif base is tuple:
+            options |= {"action": "append", "metavar": "TEXT"}
         else:
             options["type"] = _converter(base)
             options["metavar"] = _metavar(base, rule)
@@ -290,6 +275,8 @@ def _metavar(base: type, rule: Rule) -> str:
         return "|".join(rule.choices)
     if rule.listed:
         return "LIST"
+    if rule.mapped:
+        return "KEY=VALUE,..."
     return "PATH" if rule.filled else {int: "N", float: "X"}.get(base, "TEXT")
 
 
@@ -306,6 +293,8 @@ def _converter(base: type) -> Any:
 
 
 def _shown(default: Any) -> str:
+    if default == ():
+        return "none"
     words = {None: "none", True: "yes", False: "no"}
     return words[default] if default is None or isinstance(default, bool) else str(default)
 

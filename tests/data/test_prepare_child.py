@@ -74,9 +74,9 @@ def test_what_a_library_prints_is_not_the_answer(
     write_rows: Callable[..., Path],
 ) -> None:
     code = (
-        f"{bare_room}from lowtide.data import worker; real = worker.run\n"
+        f"{bare_room}from lowtide.data import child, worker; real = worker.run\n"
         "worker.run = lambda request: print('noise') or real(request)\n"
-        "worker.main()"
+        "import sys; sys.argv = ['child.py', 'worker']; child.main()"
     )
     path = write_rows(tmp_path / "d.jsonl", {"text": "a"})
     done = subprocess.run(
@@ -104,14 +104,15 @@ def test_a_working_directory_full_of_traps(
     assert prepare(request_for(path)).splits["train"].records == 1
 
 
-def test_the_child_does_without_torch() -> None:
+@pytest.mark.parametrize(("worker", "key"), [("worker", b"features"), ("prompts", b"tokenizer")])
+def test_the_child_does_without_torch(worker: str, key: bytes) -> None:
     """torch would be most of its start-up time and memory."""
     code = (
         "import runpy, sys; sys.modules['torch'] = sys.modules['transformers'] = None; "
-        f"runpy.run_path({str(CHILD)!r})['main']()"
+        f"sys.argv = ['child.py', {worker!r}]; runpy.run_path({str(CHILD)!r})['main']()"
     )
     done = subprocess.run([sys.executable, "-c", code], input=b"{}", capture_output=True)
-    assert b"KeyError: 'features'" in done.stderr  # it got as far as reading the request
+    assert b"KeyError: '%s'" % key in done.stderr  # it got as far as reading the request
     assert b"halted" not in done.stderr
 
 

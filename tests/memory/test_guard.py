@@ -161,7 +161,7 @@ def trainer(model: Path, tokens: int, **given: Any) -> Trainer:
     limited = replace(settings, memory_budget=str(least))
     fitting, guard = within_budget(limited, decoder, (tokens,))
     assert guard is not None
-    adapter = lt.Adapter.create(decoder, settings.lora_config(), 0)
+    adapter = lt.Adapter.create(decoder, settings.lora_config(decoder.spec), 0)
     return Trainer(decoder, adapter, get_method("mesp", fitting), settings, guard)
 
 

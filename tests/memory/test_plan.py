@@ -24,6 +24,7 @@ from lowtide.memory.plan import PLANNED, Plan, Workload, predict
 from lowtide.methods.options import MethodOptions
 from lowtide.model.adapter import LoraConfig
 from lowtide.model.families import spec_from_config
+from lowtide.ops.products import goes_to_onednn
 
 RANDOM_CASES = 60
 SHAPE = {
@@ -142,7 +143,7 @@ def test_settings_fall_from_the_fastest_to_the_smallest() -> None:
     plans = list(candidates(WORK, MethodOptions()))
     sizes = [plan.predicted_peak_bytes for plan in plans]
     assert sizes == sorted(sizes, reverse=True)
-    assert len(set(sizes)) == len(sizes) == 6 + 1 + 1 + 2
+    assert len(set(sizes)) == len(sizes) == 6 + 1 + 1 + 2 + goes_to_onednn()
     for plan in plans:
         assert choose(WORK, MethodOptions(), plan.needed_bytes).options == plan.options
 
@@ -153,6 +154,7 @@ def test_what_was_asked_for_is_kept() -> None:
     assert all(o.keep_blocks == 2 and not o.recompute_h for o in found)
     tight = choose(WORK, asked, min(p.needed_bytes for p in candidates(WORK, asked)))
     assert (tight.options.block_inputs, tight.options.tiles) == ("file", "quarter")
+    assert (tight.options.products == "torch") == goes_to_onednn()
 
 
 def test_too_small_a_budget_names_the_smallest_that_would_do() -> None:

@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from lowtide.ops import products
-from lowtide.ops.products import add_product_, kernels, onednn_is_faster, product_, scratch_bytes
+from lowtide.ops.products import (
+    add_product_,
+    goes_to_onednn,
+    kernels,
+    onednn_is_faster,
+    product_,
+    products_as,
+    scratch_bytes,
+)
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -100,6 +108,16 @@ def test_few_sizes_of_pieces(library: str) -> None:
         assert fresh == list(range(rows if pieces else 0))
         assert all(0 <= start <= first for start, first, _ in pieces)
     assert seen == ({64, 128, 256} if library == "onednn" else set())
+
+
+def test_a_choice_of_torch_is_kept_for_as_long_as_it_was_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    with products_as("torch"):
+        assert not goes_to_onednn()
+        assert kernels(256, 256) == set()
+    assert goes_to_onednn()
 
 
 @pytest.mark.parametrize(

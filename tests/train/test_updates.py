@@ -29,7 +29,7 @@ def trainer(decoder: Decoder, **given: Any) -> Trainer:
         TrainSettings,
         {"model": "-", "data": "-", "adapter_path": "-", "learning_rate": 0.1, **given},
     )
-    adapter = lt.Adapter.create(decoder, settings.lora_config(), seed=3)
+    adapter = lt.Adapter.create(decoder, settings.lora_config(decoder.spec), seed=3)
     generator = torch.Generator().manual_seed(4)
     for name, parameter in adapter.items():
         if ".lora_B." in name:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lowtide.demo.assets import asset_dir
-from lowtide.memory.plan import adapter_parameters
+from lowtide.memory.adapters import AdapterShape
 from lowtide.model.adapter import ALL_LINEAR, LoraConfig
 from lowtide.model.families import read_config, spec_from_config
 from lowtide.model.spec import ModelSpec
@@ -47,7 +47,7 @@ def needed_bytes(kind: str, case: Mapping[str, Any]) -> int:
     config = LoraConfig(
         int(case.get("lora_r") or 8), target_modules=case.get("target_modules") or ALL_LINEAR
     )
-    adapter = adapter_parameters(spec, config)
+    adapter = AdapterShape(spec, config).parameters
     kept = 1 + _STATE.get(str(case.get("optimizer")), 0) + (1 if kind == "quality" else 0)
     method = "mebp" if kind == "quality" else str(case.get("method", "mesp"))
     return _PROCESS + _TILES + 4 * (adapter * kept + _floats(spec, tokens, method, case))

@@ -12,8 +12,8 @@ from lowtide.config import setting
 from lowtide.errors import ConfigError
 from lowtide.model.adapter import Adapter
 from lowtide.model.batch import Batch
+from lowtide.train.lora_settings import LoraSettings
 from lowtide.train.run import check_length, open_model
-from lowtide.train.settings import LoraSettings
 
 from .quality import gradient_quality
 from .step import ShapeModelSettings, located, nothing_said
@@ -58,7 +58,7 @@ def bench_quality(
         ) from error
     model = open_model(located(settings, say))
     check_length(model, settings.seq_len)
-    adapter = Adapter.create(model, settings.lora_config(), settings.seed)
+    adapter = Adapter.create(model, settings.lora_config(model.spec), settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     for name, parameter in adapter.items():
         if ".lora_B." in name:  # zero in a fresh adapter, and then no gradient reaches A

@@ -124,7 +124,9 @@ def bench_step(
     check_length(model, settings.seq_len)
     lengths = (settings.seq_len,) * settings.batch_size
     settings, guard = within_budget(settings, model, lengths)
-    adapter = Adapter.create(model, settings.lora_config(), settings.seed, settings.rounded_dtype)
+    adapter = Adapter.create(
+        model, settings.lora_config(model.spec), settings.seed, settings.rounded_dtype
+    )
     method = get_method(settings.method, settings)
     trainer = Trainer(model, adapter, method, train_settings(at), guard)
     trainer.reserve(lengths)

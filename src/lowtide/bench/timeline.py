@@ -57,6 +57,10 @@ class WatchedMethod:
         """See `Method.reserve`."""
         self._method.reserve(model, max_tokens, max_length)
 
+    def release(self) -> None:
+        """See `Method.release`."""
+        self._method.release()
+
     def step(
         self, model: Decoder, adapter: Adapter, batch: Batch, sink: GradSink, step: Step
     ) -> float:
@@ -101,7 +105,7 @@ def timeline_step(
         _first_products(model, tokens)
         ledger.settle()
         adapter = Adapter.create(
-            model, settings.lora_config(), settings.seed, settings.rounded_dtype
+            model, settings.lora_config(model.spec), settings.seed, settings.rounded_dtype
         )
         method = WatchedMethod(get_method(settings.method, settings), ledger)
         trainer = Trainer(model, adapter, method, train_settings(at), guard)

@@ -7,6 +7,7 @@ copy of every weight that is not stored in that precision; where that does not f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -108,6 +109,8 @@ def autograd_bytes(model: Decoder, adapter: Adapter, batch: Batch, dtype: torch.
         weights = 0  # they are the mapped file's
     blocks = spec.num_layers * _block_elements(spec, adapter, batch)
     blocks += _block_gradients(spec, batch)
+    if adapter.config.use_dora:  # W + s B A of one linear, whole
+        blocks += 2 * max(math.prod(spec.linear_shape(name)) for name in spec.linears)
     return _with_margin((weights + blocks + _logits(spec, batch)) * dtype.itemsize, adapter)
 
 
@@ -137,7 +140,10 @@ def _block_elements(spec: ModelSpec, adapter: Adapter, batch: Batch) -> int:
     tokens = sum(batch.lengths)
     inputs = sum(spec.linear_shape(name)[1] for name in spec.linears)
     per_token = 4 * spec.hidden_size + 4 * spec.q_width + 4 * spec.intermediate_size
-    per_token += len(spec.linears) * adapter.config.r + 4 * spec.head_dim * len(spec.ropes)
+    per_token += len(spec.linears) * max(rank for _, _, rank in adapter.config.adapted(spec))
+    per_token += 4 * spec.head_dim * len(spec.ropes)
+    if adapter.config.use_dora:  # what each row's factor multiplies
+        per_token += 2 * sum(spec.linear_shape(name)[0] for name in spec.linears)
     # A norm keeps its input, what it is divided by and the quotient; a factor keeps nothing.
     per_token += 3 * spec.raw_width
     per_token += 3 * spec.hidden_size * sum(name is not None for name in spec.norms[1::2])

@@ -27,9 +27,10 @@ from lowtide.memory.available import available_bytes
 from lowtide.model.adapter import Adapter
 from lowtide.model.batch import Batch
 from lowtide.model.decoder import Decoder
+from lowtide.train.lora_settings import LoraSettings
 from lowtide.train.recipe import MAX_BATCH
 from lowtide.train.run import check_length, data_request, open_model
-from lowtide.train.settings import MAX_SEED, DataSettings, LoraSettings, ModelSettings
+from lowtide.train.settings import MAX_SEED, DataSettings, ModelSettings
 
 from .output import Output, count, megabytes, settings_of
 
@@ -56,7 +57,7 @@ class CheckSettings(LoraSettings, DataSettings, ModelSettings):
     )
     adapter_path: str | None = setting(
         None,
-        help="PEFT adapter directory to check with; --lora-* and --target-modules are not used",
+        help="PEFT adapter directory to check with; settings of a fresh adapter are not used",
         filled=True,
     )
     records: int = setting(
@@ -78,7 +79,7 @@ def run(argv: Sequence[str]) -> int:
     if settings.adapter_path is not None:
         adapter = Adapter.load(Path(settings.adapter_path).expanduser(), model)
     else:
-        adapter = filled_adapter(model, settings.lora_config(), settings.seed)
+        adapter = filled_adapter(model, settings.lora_config(model.spec), settings.seed)
     batch = _batch(settings, model)
     output.say(
         f"batch  {len(batch.lengths)} records, {sum(batch.lengths):,} tokens, "

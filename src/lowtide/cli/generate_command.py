@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowtide.config import setting
+from lowtide.data.prompts import prompt_ids
 from lowtide.data.tokenizer import StreamDecoder, Tokenizer
-from lowtide.errors import DataError, LowtideWarning
+from lowtide.errors import LowtideWarning
 from lowtide.infer.generate import Sampling, generate
 from lowtide.model.adapter import Adapter
 from lowtide.train.run import open_model
@@ -69,29 +70,3 @@ def run(argv: Sequence[str]) -> int:
     output.say(pieces[-1])
     output.result({"text": "".join(pieces), "n_tokens": len(ids)})
     return 0
-
-
-def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """Token ids to start from: BOS for an empty prompt, a user turn where there is a template.
-
-    Args:
-        tokenizer: with or without a chat template.
-        prompt: the user's text.
-
-    Returns:
-        At least one id.
-
-    Raises:
-        DataError: the prompt is empty and the tokenizer has no BOS token.
-    """
-    if not prompt:
-        if tokenizer.bos_id is None:
-            raise DataError(
-                "the prompt is empty and this tokenizer has no BOS token to start from. Give a "
-                "--prompt."
-            )
-        return [tokenizer.bos_id]
-    if tokenizer.chat_template is None:
-        return tokenizer.encode_document(prompt)[0]
-    text = tokenizer.render_chat([{"role": "user", "content": prompt}], add_generation_prompt=True)
-    return tokenizer.encode(text, add_special_tokens=False)

@@ -25,7 +25,7 @@ def run(argv: Sequence[str]) -> int:
     question = Question(settings, open_model(settings))
     plan, others, longest = question.plan(), question.alternatives(), question.longest()
     output.say(
-        f"{settings.method}, {question.work.tokens:,} tokens, LoRA r={settings.lora_r}, "
+        f"{settings.method}, {question.work.tokens:,} tokens, {question.work.config.in_words()}, "
         f"{settings.optimizer}: {_name(plan)}"
     )
     for kind, count in sorted(plan.by_kind.items(), key=lambda item: -item[1]):

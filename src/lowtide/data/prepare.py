@@ -139,24 +139,43 @@ def prepare(request: PrepareRequest) -> PrepareReport:
             LowtideError itself, with the child's last words, where it died.
         KeyboardInterrupt: Ctrl-C; the child has ended and left nothing half written.
     """
-    # -P: neither the script's directory nor the working directory is searched for modules, so a
-    # file named random.py there does no harm.
-    command = [sys.executable, "-P", str(Path(__file__).with_name("child.py"))]
-    pipe = subprocess.PIPE
-    child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
-    try:
-        out, err = child.communicate(request.to_json().encode("utf-8"))
-    except BaseException:
-        child.kill()
-        child.wait()
-        raise
-    report = _answer(child.returncode, out, err)
+    report = PrepareReport.from_dict(ask_child("worker", request.to_json(), "splits"))
     for text in report.warnings:
         warnings.warn(text, LowtideWarning, stacklevel=2)
     return report
 
 
-def _answer(returncode: int, out: bytes, err: bytes) -> PrepareReport:
+def ask_child(worker: str, request: str, expected: str) -> dict[str, Any]:
+    """Let a process that lasts as long as one request do what needs a tokenizer.
+
+    Args:
+        worker: its module in `lowtide.data`.
+        request: JSON.
+        expected: a key that every good answer has.
+
+    Returns:
+        The answer.
+
+    Raises:
+        LowtideError: Of the kind that the child raised, such as DataError for a bad record; or
+            LowtideError itself, with the child's last words, where it died.
+        KeyboardInterrupt: Ctrl-C; the child has ended.
+    """
+    # -P: neither the script's directory nor the working directory is searched for modules, so a
+    # file named random.py there does no harm.
+    command = [sys.executable, "-P", str(Path(__file__).with_name("child.py")), worker]
+    pipe = subprocess.PIPE
+    child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
+    try:
+        out, err = child.communicate(request.encode("utf-8"))
+    except BaseException:
+        child.kill()
+        child.wait()
+        raise
+    return _answer(child.returncode, out, err, expected)
+
+
+def _answer(returncode: int, out: bytes, err: bytes, expected: str) -> dict[str, Any]:
     try:
         answer = json.loads(out)
     except ValueError:
@@ -165,8 +184,8 @@ def _answer(returncode: int, out: bytes, err: bytes) -> PrepareReport:
         raise KeyboardInterrupt  # Ctrl-C reaches both, and the child may be the first to end
     if isinstance(answer, dict) and "error" in answer:
         raise KINDS.get(answer["error"], LowtideError)(answer["message"])
-    if returncode == 0 and isinstance(answer, dict) and "splits" in answer:
-        return PrepareReport.from_dict(answer)
+    if returncode == 0 and isinstance(answer, dict) and expected in answer:
+        return answer
     lines = err.decode("utf-8", "replace").strip().splitlines()[-_STDERR_LINES:]
     ending = f"ended with code {returncode}"
     if returncode < 0:
@@ -174,4 +193,4 @@ def _answer(returncode: int, out: bytes, err: bytes) -> PrepareReport:
         if returncode == -signal.SIGKILL:
             ending += ", which is how a system that is out of memory ends a process"
     said = "Its last words:\n  " + "\n  ".join(lines) if lines else "It said nothing."
-    raise LowtideError(f"the process that tokenises the data {ending}. {said}")
+    raise LowtideError(f"the process that runs the tokenizer {ending}. {said}")

@@ -1,14 +1,7 @@
-"""The child process of `lowtide.data.prepare`: a JSON request on stdin, a JSON answer on stdout.
-
-The answer is the report, or {"error": kind, "message": text} for an error with a remedy. Anything
-else that goes wrong ends the process with a traceback on stderr, which the parent passes on.
-"""
+"""What the child process of `lowtide.data.prepare` does: tokenise a data set into caches."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -20,7 +13,7 @@ from lowtide.data.files import read_text, require_split, resolve_split
 from lowtide.data.formats import FeatureNames, iter_records
 from lowtide.data.prepare import PrepareReport, PrepareRequest, SplitReport, cache_path
 from lowtide.data.tokenizer import Tokenizer
-from lowtide.errors import ConfigError, DataError, LowtideError
+from lowtide.errors import ConfigError, DataError
 
 
 def run(request: PrepareRequest) -> PrepareReport:
@@ -150,24 +143,13 @@ class _Split:
         )
 
 
-def main() -> int:
-    """Serve one request.
+def answer(request: str) -> str:
+    """The JSON answer to a JSON request.
+
+    Args:
+        request: what `PrepareRequest.to_json` wrote.
 
     Returns:
-        The exit code: 0, or 1 after an error with a remedy.
+        What `PrepareReport.from_dict` reads.
     """
-    # Whatever a library prints must not mix with the answer.
-    answer_to = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    request = PrepareRequest.from_json(sys.stdin.buffer.read().decode("utf-8"))
-    try:
-        answer, code = run(request).to_json(), 0
-    except LowtideError as error:
-        answer, code = json.dumps({"error": error.kind, "message": str(error)}), 1
-    with answer_to:
-        answer_to.write(answer)
-    return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return run(PrepareRequest.from_json(request)).to_json()

@@ -14,6 +14,7 @@ from lowtide.model.adapter import Adapter
 from lowtide.model.block import block_forward
 from lowtide.model.decoder import Decoder
 from lowtide.model.forward import blocks_forward, embed, head_logits, workspace_for
+from lowtide.model.row_norms import RowNorms
 from lowtide.ops.attention import Segment
 
 _PREFILL_TOKENS = 256
@@ -71,7 +72,8 @@ class Generation:
         self._caches = [
             _Cache(capacity, spec.kv_width, model.compute_dtype) for _ in range(spec.num_layers)
         ]
-        self._blocks = [model.block(i, adapter, None) for i in range(spec.num_layers)]
+        norms = RowNorms(adapter, self._ws.tile)
+        self._blocks = [model.block(i, adapter, None, norms) for i in range(spec.num_layers)]
         self._position = 0
         self._fed: list[int] = []
 
@@ -189,6 +191,7 @@ def logits(model: Decoder, adapter: Adapter | None, ids: Sequence[int]) -> Tenso
     rows = torch.empty(2, len(tokens), model.spec.hidden_size, dtype=model.compute_dtype)
     inputs = [rows[layer % 2] for layer in range(model.spec.num_layers + 1)]
     embed(model, torch.tensor(tokens), inputs[0])
-    blocks = (model.block(layer, adapter, None) for layer in range(model.spec.num_layers))
+    norms = RowNorms(adapter, ws.tile)
+    blocks = (model.block(layer, adapter, None, norms) for layer in range(model.spec.num_layers))
     x = blocks_forward(blocks, inputs, model.positions([len(tokens)]), ws)
     return head_logits(model, x, ws)

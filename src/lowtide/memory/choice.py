@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+
 from lowtide.errors import ConfigError
 from lowtide.methods.options import MethodOptions
 from lowtide.model.workspace import TILES
+from lowtide.ops.products import goes_to_onednn
 from lowtide.train.states import STATES
 
 from .plan import PLANNED, Plan, Workload, optimizer_bytes, predict
@@ -27,7 +30,7 @@ def candidates(work: Workload, asked: MethodOptions) -> Iterator[Plan]:
     usual = MethodOptions()
     keeps = [asked.keep_blocks]
     if work.method == "mesp" and asked.keep_blocks == usual.keep_blocks:
-        keeps = list(range(work.spec.num_layers, -1, -1))
+        keeps = list(range(work.shape.trained_blocks, -1, -1))
     places = [asked.block_inputs]
     if work.method == "mesp" and asked.block_inputs == usual.block_inputs:
         places = ["memory", "file"]
@@ -37,6 +40,8 @@ def candidates(work: Workload, asked: MethodOptions) -> Iterator[Plan]:
     yield from (predict(work, replace(least, block_inputs=place)) for place in places[1:])
     least = replace(least, block_inputs=places[-1])
     yield from (predict(work, replace(least, tiles=tile)) for tile in tiles[1:])
+    if asked.products == usual.products and work.dtype == torch.float32 and goes_to_onednn():
+        yield predict(work, replace(least, tiles=tiles[-1], products="torch"))
 
 
 def choose(work: Workload, asked: MethodOptions, budget_bytes: int) -> Plan:
@@ -153,5 +158,5 @@ def check_planned(method: str) -> None:
 
 def chosen(options: MethodOptions) -> dict[str, Any]:
     """What the planner decided, by setting."""
-    names = ("keep_blocks", "block_inputs", "tiles")
+    names = ("keep_blocks", "block_inputs", "tiles", "products")
     return {name: getattr(options, name) for name in names}

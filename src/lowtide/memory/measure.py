@@ -36,6 +36,7 @@ _CLEAR = Path("/proc/self/clear_refs")
 _RESET_MARK = b"5"  # proc(5): set VmHWM back to the resident memory of now
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 POLL_S = 0.002
+_RESTING_S = 0.2
 _SWITCH_S = 0.0005
 # The kernel counts pages per core and adds them up now and then, so the mark is blurred by as much.
 _BLUR_BYTES = 1_000_000
@@ -121,6 +122,7 @@ class MemoryMeter:
         self._anon = self._rss = self._mapped = 0
         self._mark = _HighMark()
         self._switch_s = sys.getswitchinterval()
+        self._pause_s = POLL_S
         self._thread = threading.Thread(target=self._poll, name="memory-meter", daemon=True)
 
     def __enter__(self) -> Self:
@@ -141,6 +143,14 @@ class MemoryMeter:
         self._stop.set()
         self._thread.join()
         sys.setswitchinterval(self._switch_s)
+
+    def rest(self, resting: bool) -> None:
+        """Poll rarely while nothing happens, so that a pause costs nothing.
+
+        Args:
+            resting: False goes back to the usual pace, at the next poll.
+        """
+        self._pause_s = _RESTING_S if resting else POLL_S
 
     def take(self) -> MemoryReading:
         """Peaks since the last call: anon above the import, the whole process, mapped files."""
@@ -167,7 +177,7 @@ class MemoryMeter:
         except OSError:
             return
         try:
-            while not self._stop.wait(POLL_S):
+            while not self._stop.wait(self._pause_s):
                 self._note(_parse(os.pread(descriptor, 128, 0)))
         finally:
             os.close(descriptor)

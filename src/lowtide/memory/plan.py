@@ -9,25 +9,27 @@ of attention, the product library's packing buffers, pages that malloc keeps.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from lowtide.methods.options import MethodOptions
+from lowtide.methods.structured import kept_inputs
 from lowtide.model.adapter import LoraConfig, adapter_shapes
 from lowtide.model.kept import kept_elements
 from lowtide.model.spec import ModelSpec
 from lowtide.model.workspace import Workspace, mlp_tile_width, score_capacity
 from lowtide.ops.attention import allocated_elements, self_segments
-from lowtide.ops.products import KERNEL_BYTES, kernels, scratch_bytes
+from lowtide.ops.products import KERNEL_BYTES, kernels, products_as, scratch_bytes
 from lowtide.train.optim import OPTIMIZERS, Held
 from lowtide.train.states import master_bytes
 from lowtide.weights.storages import STORAGES
 
+from .adapters import AdapterShape
+
 KINDS = (
-    "adapter", "optimizer", "gradients", "block inputs", "kept blocks", "stored h", "buffers",
-    "intermediates", "model", "kernels", "libraries",
+    "adapter", "optimizer", "gradients", "block inputs", "kept blocks", "stored h", "row norms",
+    "buffers", "intermediates", "model", "kernels", "libraries",
 )  # fmt: skip
 _ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 PLANNED = ("mesp", "lcsb", "mezo")
@@ -69,6 +71,11 @@ class Workload:
     storage: str | None = None
 
     @property
+    def shape(self) -> AdapterShape:
+        """The adapter on the model."""
+        return AdapterShape(self.spec, self.config)
+
+    @property
     def tokens(self) -> int:
         """Tokens of the largest batch."""
         return sum(self.lengths)
@@ -108,24 +115,28 @@ def predict(work: Workload, options: MethodOptions) -> Plan:
     Returns:
         The plan of these options.
     """
+    with products_as(options.products):
+        return _predict(work, options)
+
+
+def _predict(work: Workload, options: MethodOptions) -> Plan:
     spec, size, tokens = work.spec, work.dtype.itemsize, work.tokens
-    layers, rank = spec.num_layers, work.config.r
-    adapter = adapter_parameters(spec, work.config)
+    layers, shape = spec.num_layers, work.shape
+    adapter = shape.parameters
     backward = work.method != "mezo"
     elements = {
         "block inputs": _row_count(work, options) * tokens * spec.hidden_size,
         "kept blocks": options.keep_blocks * kept_elements(spec) * tokens,
-        "stored h": 0
-        if options.recompute_h
-        else len(work.config.linears(spec)) * layers * rank * tokens,
-        "intermediates": _intermediates(work, backward),
+        "stored h": 0 if options.recompute_h else shape.stored_h(tokens),
+        "row norms": shape.row_norms,
+        "intermediates": _intermediates(work, options, backward),
         "model": layers * (_vectors(spec) + _biases(spec)) + spec.hidden_size,
     }
     by_kind = {kind: count * size for kind, count in elements.items()}
     # A block's A and B are widened while it is computed, the next block's before they are freed.
     by_kind["adapter"] = adapter * size
     if work.rounded:
-        by_kind["adapter"] = 2 * adapter + 2 * size * (adapter // layers)
+        by_kind["adapter"] = 2 * adapter + 2 * size * shape.of_block
     by_kind["optimizer"] = optimizer_bytes(work)
     by_kind["gradients"] = accumulated_bytes(work) if work.accumulates else 0
     by_kind["intermediates"] += _unpacking_bytes(work, options)
@@ -148,22 +159,17 @@ def optimizer_bytes(work: Workload) -> int:
 
 def accumulated_bytes(work: Workload) -> int:
     """Bytes of the gradients of all parameters."""
-    return adapter_parameters(work.spec, work.config) * work.dtype.itemsize
-
-
-def adapter_parameters(spec: ModelSpec, config: LoraConfig) -> int:
-    """Parameters of an adapter on every block."""
-    return spec.num_layers * config.r * sum(sum(spec.linear_shape(n)) for n in config.linears(spec))
+    return work.shape.parameters * work.dtype.itemsize
 
 
 def _row_count(work: Workload, options: MethodOptions) -> int:
     """Hidden-sized rows of `methods.structured.places`."""
     if work.method == "mezo":
         return 2
-    layers = work.spec.num_layers
     if work.method == "lcsb":
-        return (options.lcsb_blocks or max(1, layers // 2)) + 2
-    return layers + 1
+        up = options.lcsb_blocks or max(1, work.spec.num_layers // 2)
+        return min(up, len(work.config.layers(work.spec))) + 2
+    return len(kept_inputs(work.config.trained_layers(work.spec))) + 2
 
 
 def _workspace_bytes(work: Workload, options: MethodOptions) -> int:
@@ -172,7 +178,8 @@ def _workspace_bytes(work: Workload, options: MethodOptions) -> int:
     return ws.nbytes - ws.untouched_bytes(
         backward=work.method != "mezo",
         widened=work.widened,
-        recomputes=options.keep_blocks < work.spec.num_layers,
+        recomputes=options.keep_blocks < work.shape.trained_blocks,
+        apart=work.config.use_dora,
     )
 
 
@@ -219,9 +226,9 @@ def _biases(spec: ModelSpec) -> int:
     return sum(spec.linear_shape(name)[0] for name in spec.biased)
 
 
-def _intermediates(work: Workload, backward: bool) -> int:
+def _intermediates(work: Workload, options: MethodOptions, backward: bool) -> int:
     """What is allocated and freed within a block, at its largest."""
-    spec, tokens, rank = work.spec, work.tokens, work.config.r
+    spec, tokens, shape = work.spec, work.tokens, work.shape
     wide = max(spec.hidden_size, spec.q_width)
     rotary = tokens * sum(rope.rotated or spec.head_dim for rope in spec.ropes)
     norms = {None: 0, "head": spec.num_heads + spec.num_kv_heads, "full": 2}[spec.qk_norm]
@@ -232,27 +239,11 @@ def _intermediates(work: Workload, backward: bool) -> int:
         for heads in spec.kinds_of_heads()
     )
     targets = work.config.linears(spec)
-    if backward:
-        adapters = rank * (_gradient_columns(spec, targets) + 6 * tokens)
-    else:  # a block has a moved copy of its adapter, and a direction is drawn
-        adapters = adapter_parameters(spec, work.config) // spec.num_layers
+    # Without a backward a block has a moved copy of its adapter, and a direction is drawn.
+    adapters = shape.gradients(tokens) if backward else shape.of_block
+    width = mlp_tile_width(spec, tokens, options.tiles)
+    adapters += shape.dora(tokens, width, backward=backward, widened=work.widened)
     dropout = 0
     if work.config.lora_dropout:  # the input as masked; down's comes in tiles, which are narrower
         dropout = tokens * max(min(spec.linear_shape(name)[1], wide) for name in targets)
     return rotary + statistics + max(attention, adapters) + dropout
-
-
-def _gradient_columns(spec: ModelSpec, targets: Sequence[str]) -> int:
-    """Columns of A and B whose gradients live at one time: the MLP's, or one linear's."""
-    inner, hidden = spec.intermediate_size, spec.hidden_size
-    roles = [role for one in spec.projections if one.name in targets for role in one.roles]
-    mlp = [role for role in roles if role in ("gate", "up", "down")]
-    # gate's and up's dB and down's dA grow over the tiles; then one is laid out for the sink.
-    both = (len(mlp) + 1) * inner + hidden if mlp else 0
-    # Those of a fused projection are held until its last role has come, and then joined.
-    fused = [
-        2 * spec.linear_shape(one.name)[0] + 2 * hidden
-        for one in spec.projections
-        if one.name in targets and len(one.roles) > 1
-    ]
-    return max(both, *fused, *(sum(spec.linear_shape(name)) for name in targets))

@@ -15,6 +15,8 @@ from lowtide.errors import ConfigError, DataError
 from lowtide.model.adapter import Adapter
 from lowtide.model.batch import Batch
 from lowtide.model.decoder import Decoder
+from lowtide.model.neftune import Noise
+from lowtide.ops.products import use_products
 
 from .autograd import Autograd
 from .base import GradSink, Method, Step
@@ -64,6 +66,7 @@ def get_method(name: str, options: MethodOptions | None = None) -> Method:
         raise ConfigError(f"unknown method {name!r}; choose {', '.join(METHODS)}.{hint}")
     options = options or MethodOptions()
     check_options(name, options)
+    use_products(options.products)
     return METHODS[name](options)
 
 
@@ -94,6 +97,7 @@ def gradients(
     dropout_seed: int | None = None,
     *,
     seed: int = 0,
+    neftune_noise_alpha: float | None = None,
 ) -> Gradients:
     """Gradients of the mean loss per labelled token, for every LoRA parameter.
 
@@ -103,7 +107,8 @@ def gradients(
         batch: sequences and labels.
         method: a name out of METHODS, or an instance (which keeps its buffers).
         dropout_seed: seed of LoRA dropout; None turns it off.
-        seed: of what a method draws at random (mezo's directions).
+        seed: of what is drawn at random (mezo's directions, noise).
+        neftune_noise_alpha: noise on the embeddings (arXiv 2310.05914); None for none.
 
     Returns:
         Loss in nats, labelled tokens, and gradients shaped like their parameters (of lcsb: those
@@ -117,7 +122,8 @@ def gradients(
     chosen = get_method(method) if isinstance(method, str) else method
     check_batch(model, batch)
     sink = _Collect()
-    step = Step(1.0 / batch.n_tokens, dropout_seed, seed=seed)
+    noise = None if neftune_noise_alpha is None else Noise(neftune_noise_alpha, seed)
+    step = Step(1.0 / batch.n_tokens, dropout_seed, seed=seed, noise=noise)
     total = chosen.step(model, adapter, batch, sink, step)
     grads = {name: sink.grads[name] for name, _ in adapter.items() if name in sink.grads}
     return Gradients(total / batch.n_tokens, batch.n_tokens, grads)

@@ -25,6 +25,9 @@ class Autograd:
     def reserve(self, model: Decoder, max_tokens: int, max_length: int) -> None:
         """See `Method.reserve`. Autograd allocates as it goes."""
 
+    def release(self) -> None:
+        """See `Method.release`. Nothing is kept."""
+
     def step(
         self, model: Decoder, adapter: Adapter, batch: Batch, sink: GradSink, step: Step
     ) -> float:
@@ -32,7 +35,7 @@ class Autograd:
         leaves = adapter.leaves()
         with torch.enable_grad():
             tracked = Adapter(adapter.config, leaves)
-            loss = reference_loss(model, tracked, batch, step.dropout_seed)
+            loss = reference_loss(model, tracked, batch, step.dropout_seed, step.noise)
             total = require_finite(loss.detach())
             grads = torch.autograd.grad(loss * step.scale, list(leaves.values()))
         for name, grad in zip(leaves, grads, strict=True):

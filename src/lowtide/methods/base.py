@@ -12,6 +12,7 @@ from lowtide.errors import TrainingError
 from lowtide.model.adapter import Adapter
 from lowtide.model.batch import Batch
 from lowtide.model.decoder import Decoder
+from lowtide.model.neftune import Noise
 
 
 class GradSink(Protocol):
@@ -34,12 +35,14 @@ class Step:
         dropout_seed: of this micro-batch's LoRA dropout; None for none.
         number: of the update, from 0.
         seed: of what a method draws at random in this micro-batch.
+        noise: on the embeddings of this micro-batch; None for none.
     """
 
     scale: float
     dropout_seed: int | None = None
     number: int = 0
     seed: int = 0
+    noise: Noise | None = None
 
 
 class Method(Protocol):
@@ -53,6 +56,9 @@ class Method(Protocol):
 
         Without it buffers grow with the batches that come, and old ones may leave holes behind.
         """
+
+    def release(self) -> None:
+        """Free what is kept between calls; the next call makes it again."""
 
     def step(
         self, model: Decoder, adapter: Adapter, batch: Batch, sink: GradSink, step: Step

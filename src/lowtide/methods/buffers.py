@@ -50,6 +50,10 @@ class Buffers:
         """
         self._make(model, tokens, longest, rows)
 
+    def release(self) -> None:
+        """Free the buffers; the next batch makes them again, for the largest seen."""
+        self._ws = self._rows = self._for = None
+
     def for_batch(self, model: Decoder, batch: Batch, rows: int) -> tuple[Workspace, Tensor]:
         """The workspace, and `(rows, T, H)` for block inputs.
 

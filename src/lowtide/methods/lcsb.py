@@ -62,6 +62,10 @@ class Lcsb:
         """See `Method.reserve`."""
         self._buffers.reserve(model, max_tokens, max_length, self._blocks(model) + 2)
 
+    def release(self) -> None:
+        """See `Method.release`."""
+        self._buffers.release()
+
     def step(
         self, model: Decoder, adapter: Adapter, batch: Batch, sink: GradSink, step: Step
     ) -> float:

@@ -22,7 +22,7 @@ from torch import Tensor
 from lowtide.model.adapter import Adapter
 from lowtide.model.batch import IGNORED, Batch
 from lowtide.model.decoder import Decoder
-from lowtide.model.forward import embed, loss_backward_, loss_forward
+from lowtide.model.forward import embed, embed_batch, loss_backward_, loss_forward
 from lowtide.model.reference import (
     Kernels,
     plain_attention,
@@ -32,7 +32,7 @@ from lowtide.model.reference import (
 )
 from lowtide.model.workspace import Workspace
 from lowtide.ops.attention import Heads
-from lowtide.ops.dora import row_norms
+from lowtide.ops.dora import row_norms_
 from lowtide.ops.frozen import matmul_, matmul_t_
 from lowtide.weights.matrix import StoredMatrix
 
@@ -77,7 +77,12 @@ def lean_kernels(tile: Tensor) -> Kernels:
         y: Tensor = _FrozenProduct.apply(x, weight, tile)  # type: ignore[no-untyped-call]  # torch does not type it
         return y
 
-    return Kernels(product, _fused_attention, row_norms)
+    def norms(weight: StoredMatrix, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        found = a.new_empty(weight.shape[0])
+        row_norms_(found, weight, a, b, scale, tile)
+        return found
+
+    return Kernels(product, _fused_attention, norms)
 
 
 class Mebp:
@@ -96,6 +101,10 @@ class Mebp:
         """See `Method.reserve`."""
         self._buffers.reserve(model, max_tokens, max_length, model.spec.num_layers + 1)
 
+    def release(self) -> None:
+        """See `Method.release`."""
+        self._buffers.release()
+
     def step(
         self, model: Decoder, adapter: Adapter, batch: Batch, sink: GradSink, step: Step
     ) -> float:
@@ -104,7 +113,7 @@ class Mebp:
         seed = step.dropout_seed
         kernels = lean_kernels(ws.linear_tile)
         with torch.no_grad():
-            embed(model, batch.ids, inputs[0])
+            embed_batch(model, batch, inputs[0], step.noise)
             for layer in range(model.spec.num_layers):
                 x = reference_block(model, adapter, layer, inputs[layer], batch, seed, kernels)
                 inputs[layer + 1].copy_(x)

@@ -45,6 +45,11 @@ class Mesp:
         self._keep(model, max_tokens)
         self._buffers.reserve(model, max_tokens, max_length, model.spec.num_layers + 1)
 
+    def release(self) -> None:
+        """See `Method.release`."""
+        self._buffers.release()
+        self._stored_h = self._kept = None
+
     def step(
         self, model: Decoder, adapter: Adapter, batch: Batch, sink: GradSink, step: Step
     ) -> float:
@@ -58,12 +63,20 @@ class Mesp:
         return structured_step(
             model, adapter, batch, sink, step,
             buffers=self._buffers, layers=adapter.config.trained_layers(model.spec),
-            stored_h=self._stored_h, kept_blocks=self._keep(model, sum(batch.lengths)),
+            stored_h=self._stored_h, kept_blocks=self._keep(model, sum(batch.lengths), adapter),
         )  # fmt: skip
 
-    def _keep(self, model: Decoder, tokens: int) -> KeptBlocks | None:
+    def _keep(
+        self, model: Decoder, tokens: int, adapter: Adapter | None = None
+    ) -> KeptBlocks | None:
         """Room for the blocks to keep, made again only when a larger batch comes."""
         spec, number = model.spec, self._keep_blocks
+        trained = spec.num_layers if adapter is None else len(adapter.config.trained_layers(spec))
+        if trained < number <= spec.num_layers:
+            raise ConfigError(
+                f"--keep-blocks is {number}, and a gradient passes through {trained} "
+                f"block{'s'[: trained > 1]} only, those from the lowest adapted one up."
+            )
         if number > spec.num_layers:
             raise ConfigError(
                 f"--keep-blocks is {number}, and the model has {spec.num_layers} blocks."

@@ -82,6 +82,10 @@ class Mezo:
         """See `Method.reserve`."""
         self._buffers.reserve(model, max_tokens, max_length, 2)
 
+    def release(self) -> None:
+        """See `Method.release`."""
+        self._buffers.release()
+
     def step(
         self, model: Decoder, adapter: Adapter, batch: Batch, sink: GradSink, step: Step
     ) -> float:
@@ -110,7 +114,9 @@ class Mezo:
         return float(structured_losses(model, adapter, batch, self._buffers).sum())
 
     def _total(self, model: Decoder, adapter: Adapter, batch: Batch, step: Step) -> float:
-        losses = structured_losses(model, adapter, batch, self._buffers, step.dropout_seed)
+        losses = structured_losses(
+            model, adapter, batch, self._buffers, step.dropout_seed, step.noise
+        )
         # Two nearly equal sums are subtracted, so they are formed in float64.
         try:
             return require_finite(losses.double())

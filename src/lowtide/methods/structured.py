@@ -12,8 +12,10 @@ from lowtide.model.adapter import MAGNITUDE, MATRICES, Adapter, parameter_name
 from lowtide.model.batch import Batch
 from lowtide.model.block import Block, block_backward
 from lowtide.model.decoder import Decoder
-from lowtide.model.forward import blocks_forward, embed, loss_backward_, loss_forward
+from lowtide.model.forward import blocks_forward, embed_batch, loss_backward_, loss_forward
 from lowtide.model.kept import KeptBlocks
+from lowtide.model.neftune import Noise
+from lowtide.model.row_norms import RowNorms
 from lowtide.model.stored_h import StoredH
 
 from .base import GradSink, Step, require_finite
@@ -77,8 +79,6 @@ def structured_step(
         TrainingError: the loss is not finite; no gradient has reached the sink.
     """
 
-    norms: dict[tuple[int, str], Tensor] = {}  # of DoRA; the adapter is the same in the backward
-
     def block_of(layer: int, *, backward: bool) -> Block:
         own = adapter if stored_h is None else stored_h.on(adapter, ready=backward)
         return model.block(layer, own, step.dropout_seed, norms)
@@ -86,10 +86,11 @@ def structured_step(
     num_layers = model.spec.num_layers
     kept = kept_inputs(layers)
     ws, all_rows = buffers.for_batch(model, batch, 2 + len(kept))
+    norms = RowNorms(adapter, ws.tile)  # the adapter is the same in the backward
     rows = all_rows.unbind()
     inputs = places(rows, num_layers, kept)
     at = model.positions(batch.lengths)
-    embed(model, batch.ids, inputs[0])
+    embed_batch(model, batch, inputs[0], step.noise)
     forward = (block_of(layer, backward=False) for layer in range(num_layers))
     if kept_blocks is not None:
         kept_blocks.start(sum(batch.lengths))
@@ -105,7 +106,7 @@ def structured_step(
         if layer == 0:
             # Every kept input has been used by now, so the embeddings take the place of one.
             inputs[0] = rows[-1] if kept else rows[1] if inputs[-1] is rows[0] else rows[0]
-            embed(model, batch.ids, inputs[0])
+            embed_batch(model, batch, inputs[0], step.noise)
         below = layer > min(layers)
         block = block_of(layer, backward=True)
         block_backward(
@@ -120,6 +121,7 @@ def structured_losses(
     batch: Batch,
     buffers: Buffers,
     dropout_seed: int | None = None,
+    noise: Noise | None = None,
 ) -> Tensor:
     """Losses `(n_tokens,)` of the labelled positions by a forward that keeps nothing.
 
@@ -129,13 +131,15 @@ def structured_losses(
         batch: sequences and labels.
         buffers: reused between steps.
         dropout_seed: of LoRA dropout; None for none.
+        noise: on the embeddings; None for none.
 
     Returns:
         Losses in nats.
     """
     ws, rows = buffers.for_batch(model, batch, 2)
     inputs = places(rows.unbind(), model.spec.num_layers, ())
-    embed(model, batch.ids, inputs[0])
-    blocks = (model.block(i, adapter, dropout_seed) for i in range(model.spec.num_layers))
+    embed_batch(model, batch, inputs[0], noise)
+    norms = RowNorms(adapter, ws.tile)
+    blocks = (model.block(i, adapter, dropout_seed, norms) for i in range(model.spec.num_layers))
     x = blocks_forward(blocks, inputs, model.positions(batch.lengths), ws)
     return loss_forward(model, x, batch, ws)

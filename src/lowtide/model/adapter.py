@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lowtide.errors import ConfigError
-from lowtide.ops.dora import row_norms
+from lowtide.ops.dora import own_scratch, row_norms_
 from lowtide.ops.lora_linear import Lora
 
 from .lora_config import ALL_LINEAR as ALL_LINEAR
@@ -133,16 +133,19 @@ class Adapter:
 
     def _measure_rows(self, model: Decoder) -> None:
         """Set every m to the lengths of its weight's rows."""
+        widest = max(model.spec.linear_shape(name)[1] for name in self.config.linears(model.spec))
+        a = torch.zeros(1, widest, dtype=model.compute_dtype)
+        scratch = own_scratch(widest, a)
         for layer, linear, _ in self.config.adapted(model.spec):
             weight = model.linears[layer][linear].weight
-            m = self.parameters[parameter_name(layer, linear, MAGNITUDE)]
             rows, columns = weight.shape
-            a = torch.zeros(1, columns, dtype=self.compute_dtype)
-            m.copy_(row_norms(weight, a, a.new_zeros(rows, 1), 0.0))
-            if not bool(m.all()):
+            norms, b = a.new_empty(rows), a.new_zeros(rows, 1)
+            row_norms_(norms, weight, a[:, :columns], b, 0.0, scratch)
+            self.parameters[parameter_name(layer, linear, MAGNITUDE)].copy_(norms)
+            if not bool(norms.all()):
                 raise ConfigError(
                     f"use_dora divides by the length of each row of a weight, and row "
-                    f"{int((m == 0).nonzero()[0])} of {linear} in block {layer} is zero. Leave "
+                    f"{int((norms == 0).nonzero()[0])} of {linear} in block {layer} is zero. Leave "
                     "that linear out with target_modules, or use plain LoRA."
                 )
 
@@ -218,6 +221,10 @@ class Adapter:
         """m `(out,)` of a linear in the compute dtype; None without DoRA, or without an adapter."""
         m = self.parameters.get(parameter_name(layer, linear, MAGNITUDE))
         return None if m is None else m.to(self.compute_dtype)
+
+    def magnitudes(self) -> Iterator[tuple[str, Tensor]]:
+        """(PEFT name, m) of every linear under DoRA."""
+        return ((name, p) for name, p in self.items() if name.endswith(".lora_magnitude_vector"))
 
     def of_layer(self, layer: int) -> dict[str, Tensor]:
         """Matrices of one block, by PEFT name."""

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lowtide.errors import ConfigError, DataError
 from lowtide.ops.attention import Segment, self_segments
-from lowtide.ops.dora import Magnitude, row_norms
+from lowtide.ops.dora import Magnitude
 from lowtide.ops.glu import Glu
 from lowtide.ops.lora_linear import Linear, Lora
 from lowtide.weights.checkpoint import Checkpoint, dtype_name
 from lowtide.weights.matrix import StoredMatrix
 from lowtide.weights.residency import Residency
 
+from .adapter import MAGNITUDE, Adapter, parameter_name
 from .block import Block, Norms, Positions
 from .families import read_config, spec_from_config
 from .hub import resolve_model
@@ -25,10 +26,8 @@ from .projections import by_role
 from .quantized import cached_checkpoint
 from .resident import limit_resident
 from .rope import rope_tables
+from .row_norms import RowNorms
 from .spec import EMBEDDING, FINAL_NORM, HEAD, QK_NORMS, ModelSpec
-
-if TYPE_CHECKING:
-    from .adapter import Adapter
 
 COMPUTE_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -112,7 +111,7 @@ class Decoder:
         layer: int,
         adapter: Adapter | None,
         dropout_seed: int | None,
-        norms: dict[tuple[int, str], Tensor] | None = None,
+        norms: RowNorms | None = None,
     ) -> Block:
         """Weights of block `layer` with the adapter's matrices on them.
 
@@ -120,8 +119,8 @@ class Decoder:
             layer: 0-based.
             adapter: LoRA matrices, or None for the base model.
             dropout_seed: this micro-batch's seed for LoRA dropout; None turns dropout off.
-            norms: of rows of the adapted weights, for DoRA, by block and linear. Those that are
-                missing are formed, which reads the weights, and entered.
+            norms: for DoRA; what it has not formed yet is formed, which reads the weights. None
+                without DoRA.
 
         Returns:
             References only; nothing is copied.
@@ -134,10 +133,9 @@ class Decoder:
                 lora = adapter.lora(layer, name, dropout_seed)
                 m = adapter.magnitude(layer, name)
                 if lora is not None and m is not None:
-                    norm = {} if norms is None else norms
-                    if (layer, name) not in norm:
-                        norm[layer, name] = row_norms(frozen.weight, lora.a, lora.b, lora.scale)
-                    lora = lora._replace(magnitude=Magnitude(m, norm[layer, name]))
+                    assert norms is not None
+                    norm = norms.of(parameter_name(layer, name, MAGNITUDE), frozen.weight, lora)
+                    lora = lora._replace(magnitude=Magnitude(m, norm))
             linears[name] = Linear(frozen.weight, frozen.bias, lora)
         of = by_role(spec, linears)
         return Block(

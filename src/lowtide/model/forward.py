@@ -15,6 +15,7 @@ from lowtide.ops.rmsnorm import rmsnorm_backward_, rmsnorm_forward
 from .batch import Batch
 from .block import Block, Kept, Positions, block_forward
 from .decoder import Decoder
+from .neftune import Noise
 from .workspace import Workspace
 
 
@@ -115,6 +116,13 @@ def embed(model: Decoder, ids: Tensor, out: Tensor) -> None:
     """`out (T, H) = E[ids]` in the compute dtype, scaled."""
     model.embedding.take(ids, out)
     _scale_(out, model.spec.embedding_scale)
+
+
+def embed_batch(model: Decoder, batch: Batch, out: Tensor, noise: Noise | None) -> None:
+    """`embed` the batch's tokens, with this micro-batch's noise on them if there is any."""
+    embed(model, batch.ids, out)
+    if noise is not None:
+        noise.add_(out, batch.lengths, model.spec)
 
 
 def head_logits(model: Decoder, x: Tensor, ws: Workspace) -> Tensor:

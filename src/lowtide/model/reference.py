@@ -23,6 +23,7 @@ from lowtide.weights.matrix import StoredMatrix
 from .adapter import Adapter
 from .batch import IGNORED, Batch
 from .decoder import Decoder
+from .neftune import Noise
 from .rope import rope_tables
 from .spec import Projection, RopeSpec
 
@@ -79,19 +80,29 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def reference_loss(
-    model: Decoder, adapter: Adapter | None, batch: Batch, dropout_seed: int | None = None
+    model: Decoder,
+    adapter: Adapter | None,
+    batch: Batch,
+    dropout_seed: int | None = None,
+    noise: Noise | None = None,
 ) -> Tensor:
     """Sum of the labelled positions' losses, differentiable in the adapter's matrices."""
-    logits = reference_logits(model, adapter, batch, dropout_seed)
+    logits = reference_logits(model, adapter, batch, dropout_seed, noise)
     return F.cross_entropy(logits, batch.targets, ignore_index=IGNORED, reduction="sum")
 
 
 def reference_logits(
-    model: Decoder, adapter: Adapter | None, batch: Batch, dropout_seed: int | None = None
+    model: Decoder,
+    adapter: Adapter | None,
+    batch: Batch,
+    dropout_seed: int | None = None,
+    noise: Noise | None = None,
 ) -> Tensor:
     """Logits `(T, V)` of every position."""
     dtype, spec = model.compute_dtype, model.spec
     x = F.embedding(batch.ids, model.embedding.whole()).to(dtype) * spec.embedding_scale
+    if noise is not None:
+        noise.add_(x, batch.lengths, spec)
     for layer in range(spec.num_layers):
         x = reference_block(model, adapter, layer, x, batch, dropout_seed)
     return reference_head(model, x, PLAIN)

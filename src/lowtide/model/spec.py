@@ -131,6 +131,8 @@ class ModelSpec:
         attention_scale: of the scores; None is `head_dim ** -0.5`.
         attention_softcap: of the scores; 0 caps nothing.
         embedding_scale: what embeddings are multiplied by, rounded to the compute dtype.
+        noise_scale: what noise on the embedding's output is multiplied by, where a factor comes
+            after the module that noise is added to.
         residual_scale: what each branch is multiplied by before it is added.
         logit_scale: what logits are multiplied by.
         logit_softcap: of the scaled logits; 0 caps nothing.
@@ -157,6 +159,7 @@ class ModelSpec:
     attention_scale: float | None = None
     attention_softcap: float = 0.0
     embedding_scale: float = 1.0
+    noise_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     logit_softcap: float = 0.0

@@ -24,7 +24,7 @@ from lowtide.ops.attention import score_elements
 from lowtide.ops.cross_entropy import LossBuffers
 from lowtide.ops.fused_attention import available
 from lowtide.ops.glu import GluBuffers
-from lowtide.ops.products import onednn_is_faster
+from lowtide.ops.products import goes_to_onednn
 
 from .spec import ModelSpec
 
@@ -47,7 +47,7 @@ def mlp_tile_width(spec: ModelSpec, tokens: int, tiles: str = "full") -> int:
     by_tokens = max(320, _ACTIVATION_ELEMENTS // max(1, tokens))
     width = max(_MIN_WIDTH, min(by_weight, by_tokens, _MAX_WIDTH) // TILES[tiles])
     width = min(width, spec.intermediate_size)
-    if not onednn_is_faster():
+    if not goes_to_onednn():
         return width
     # Each size that the tiles of a width leave over is another shape of every product.
     near = range(min(5 * width // 4, spec.intermediate_size), width // 2, -1)
@@ -110,7 +110,7 @@ class Workspace:
         half = max(width * hidden, -(-spec.q_width // 2))
         self.tile = torch.empty(2 * half, dtype=dtype)
         # As many rows as the MLP's tiles have, where each shape of a product costs memory.
-        self.linear_tile = self.tile[:half] if onednn_is_faster() else self.tile
+        self.linear_tile = self.tile[:half] if goes_to_onednn() else self.tile
         self._columns = torch.empty(4 * width * max_tokens, dtype=dtype)
         scores = score_capacity(spec, max_length)
         self.scores = [torch.empty(scores, dtype=dtype) for _ in range(2)]
@@ -125,13 +125,16 @@ class Workspace:
         parts = [*self._wide, *self._narrow, self._raw, self.tile, self._columns, *self.scores]
         return sum(part.numel() for part in parts) * self.dtype.itemsize
 
-    def untouched_bytes(self, *, backward: bool, widened: bool, recomputes: bool) -> int:
+    def untouched_bytes(
+        self, *, backward: bool, widened: bool, recomputes: bool, apart: bool = False
+    ) -> int:
         """Bytes reserved that a step of the largest batch never touches.
 
         Args:
             backward: whether there is one.
             widened: whether tiles are copies of the weights in another dtype.
             recomputes: whether any block is recomputed, instead of all being kept.
+            apart: whether an adapter has branches formed apart from their residual, as DoRA does.
 
         Returns:
             Their sum.
@@ -144,7 +147,7 @@ class Workspace:
         if fused:
             parts += self.scores
         if not backward:
-            touched = tokens * _scratch_width(spec)
+            touched = tokens * max(_scratch_width(spec), spec.hidden_size if apart else 0)
             parts += [self._wide[3], self._wide[4][touched:], *self._wide[5:]]
             parts += self._narrow[2:]
             parts += [] if fused else self.scores[1:]

@@ -25,6 +25,7 @@ from .dropout import row_spans
 from .frozen import FrozenMatrix
 
 _CHUNK_ELEMENTS = 96 * 1024
+"""Of W + s B A at a time: a core's cache holds them, and the rows of W that they are made of."""
 
 
 class Magnitude(NamedTuple):
@@ -39,33 +40,39 @@ class Magnitude(NamedTuple):
         return self.m / self.norm
 
 
-def chunk_elements(columns: int) -> int:
-    """Elements of each of the two buffers of `row_norms`, for a matrix of so many columns."""
-    return max(_CHUNK_ELEMENTS, columns)
-
-
-def row_norms(weight: FrozenMatrix, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """`||W + s B A||` of each row.
+def row_norms_(
+    out: Tensor, weight: FrozenMatrix, a: Tensor, b: Tensor, scale: float, scratch: Tensor
+) -> None:
+    """`out = ||W + s B A||`, of each row.
 
     Args:
+        out: `(out,)`, overwritten.
         weight: `W (out, in)`.
         a: `(r, in)`.
         b: `(out, r)`.
         scale: s.
-
-    Returns:
-        `(out,)`; beside it, two buffers of `chunk_elements(in)` exist meanwhile.
+        scratch: flat, in the compute dtype, at least two rows of W; overwritten.
     """
     rows, columns = weight.shape
-    widened, summed = a.new_empty(2, chunk_elements(columns)).unbind()
-    norms = a.new_empty(rows)
-    step = min(max(1, widened.numel() // columns), weight.rows_per_tile(widened))
+    widened, summed = (half[: max(_CHUNK_ELEMENTS, columns)] for half in scratch.chunk(2))
+    step = min(widened.numel() // columns, weight.rows_per_tile(widened))
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         part = summed[: (stop - start) * columns].view(stop - start, columns)
         torch.addmm(weight.rows(start, stop, widened), b[start:stop], a, alpha=scale, out=part)
-        torch.linalg.vector_norm(part, dim=1, out=norms[start:stop])
+        torch.linalg.vector_norm(part, dim=1, out=out[start:stop])
+
+
+def row_norms(weight: FrozenMatrix, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """`||W + s B A||` of each row, `(out,)`; see `row_norms_`."""
+    norms = a.new_empty(weight.shape[0])
+    row_norms_(norms, weight, a, b, scale, own_scratch(a.shape[1], a))
     return norms
+
+
+def own_scratch(columns: int, like: Tensor) -> Tensor:
+    """Scratch for `row_norms_` of up to so many columns, where there is none to share."""
+    return like.new_empty(2 * max(_CHUNK_ELEMENTS, columns))
 
 
 def column_dots(x: Tensor, y: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ seed drops the same elements. Inverted scaling: what is kept is divided by `1 - 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -29,15 +31,35 @@ def dropout_scale(x: Tensor, p: float, seed: int, first_col: int = 0, first_row:
     Returns:
         `(T, C)` in the dtype of `x`; what the draw takes beside it does not grow with T.
     """
+    scale = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for start, stop, bits in _random_bits(x, seed, first_row, first_col):
+        scale[start:stop] = bits >= int(p * (_MASK_31 + 1))
+    return scale.mul_(1.0 / (1.0 - p))
+
+
+def add_uniform_(x: Tensor, bound: float, seed: int, first_row: int = 0) -> None:
+    """`x += u`, u uniform in `[-bound, bound)`, by the same hash.
+
+    Args:
+        x: `(T, C)`.
+        bound: of the noise.
+        seed: any integer.
+        first_row: the row of the whole activation at which this part begins.
+    """
+    for start, stop, bits in _random_bits(x, seed, first_row, 0):
+        x[start:stop] += bits.to(x.dtype).mul_(2 * bound / (_MASK_31 + 1)).sub_(bound)
+
+
+def _random_bits(
+    x: Tensor, seed: int, first_row: int, first_col: int
+) -> Iterator[tuple[int, int, Tensor]]:
+    """31 bits for each element of `x`, some rows at a time, as (first row, last, int64)."""
     rows = torch.arange(first_row, first_row + x.shape[0], dtype=torch.int64, device=x.device)
     cols = torch.arange(first_col, first_col + x.shape[1], dtype=torch.int64, device=x.device)
     row_key = _mix(rows * _ROW_STEP + (seed & _MASK_31))
     col_key = _mix(cols * _COL_STEP + ((seed >> 31) & _MASK_31))
-    scale = torch.empty_like(x, memory_format=torch.contiguous_format)
     for start, stop in row_spans(x.shape[0], x.shape[1]):
-        bits = _mix(row_key[start:stop].unsqueeze(1) * 3 + col_key.unsqueeze(0))
-        scale[start:stop] = bits >= int(p * (_MASK_31 + 1))
-    return scale.mul_(1.0 / (1.0 - p))
+        yield start, stop, _mix(row_key[start:stop].unsqueeze(1) * 3 + col_key.unsqueeze(0))
 
 
 def row_spans(rows: int, columns: int) -> list[tuple[int, int]]:

@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+CHOICES = ("auto", "torch")
+"""Where products go: to what suits the processor, or to `torch.mm` and no other library."""
 VARIABLE = "LOWTIDE_PRODUCTS"
 """Environment variable: `mkl` or `onednn` instead of what suits the processor."""
 _MOST_ROWS, _FEWEST_ROWS, _FEWEST_COLUMNS = 256, 64, 64
@@ -63,7 +66,7 @@ def add_product_(out: Tensor, x: Tensor, w_t: Tensor) -> Tensor:
 
 def scratch_bytes(tokens: int, columns: int, dtype: torch.dtype) -> int:
     """What a product `(tokens, columns)` makes beside its result; 0 where it writes that itself."""
-    if dtype != torch.float32 or not onednn_is_faster() or tokens < _FEWEST_ROWS:
+    if dtype != torch.float32 or not goes_to_onednn() or tokens < _FEWEST_ROWS:
         return 0
     return min(tokens, _most_rows(columns)) * columns * dtype.itemsize
 
@@ -78,14 +81,39 @@ def kernels(tokens: int, columns: int) -> set[int]:
     Returns:
         One size for each kernel that it needs; none where it does not go there.
     """
-    if tokens < _FEWEST_ROWS or columns < _FEWEST_COLUMNS or not onednn_is_faster():
+    if tokens < _FEWEST_ROWS or columns < _FEWEST_COLUMNS or not goes_to_onednn():
         return set()
     return {stop - start for start, _, stop in _pieces(tokens, columns)}
 
 
+_chosen = CHOICES[0]
+
+
+def use_products(choice: str) -> None:
+    """Decide for this process, like its number of threads, which of CHOICES products go to."""
+    global _chosen
+    _chosen = choice
+
+
+@contextmanager
+def products_as(choice: str) -> Iterator[None]:
+    """Decide for as long as the context lasts: to predict what the other choice would take."""
+    before = _chosen
+    use_products(choice)
+    try:
+        yield
+    finally:
+        use_products(before)
+
+
+def goes_to_onednn() -> bool:
+    """Whether float32 products go to oneDNN."""
+    return _chosen == "auto" and onednn_is_faster()
+
+
 @cache
 def onednn_is_faster() -> bool:
-    """Whether float32 products go to oneDNN: decided by the processor, so that runs repeat.
+    """Decided by the processor, not by a measurement, so that runs repeat to the bit.
 
     Returns:
         True on AVX-512 processors that are not Intel's, where torch has the operation.
@@ -127,7 +155,7 @@ def _worthwhile(x: Tensor, w_t: Tensor) -> bool:
         # For other layouts oneDNN has only loops for reference, 700 times as slow.
         and x.stride(1) == 1
         and (w_t.is_contiguous() or w_t.t().is_contiguous())
-        and onednn_is_faster()
+        and goes_to_onednn()
     )
 
 

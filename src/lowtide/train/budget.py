@@ -76,7 +76,7 @@ def workload(
     Returns:
         The question.
     """
-    config, storage = settings.lora_config(), model.checkpoint.storage
+    config, storage = settings.lora_config(model.spec), model.checkpoint.storage
     return Workload(
         spec=model.spec,
         config=config,

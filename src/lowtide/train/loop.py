@@ -19,6 +19,7 @@ from lowtide.methods.base import require_finite
 from lowtide.model.adapter import Adapter
 from lowtide.model.batch import Batch
 from lowtide.model.decoder import Decoder
+from lowtide.model.neftune import Noise
 
 from .budget import Guard
 from .checkpoints import OPTIMIZER_FILE, Checkpoint
@@ -80,7 +81,8 @@ class Trainer:
             ConfigError: the schedule or the groups do not fit the run.
         """
         self.model, self.adapter, self.method, self.settings = model, adapter, method, settings
-        self._guard, self._stop = guard, stop or Stop()
+        self.guard, self.stop = guard, stop or Stop()
+        self._meter = MemoryMeter()
         self.iters = settings.iters or DEFAULT_ITERS
         self._schedule = Schedule.of(settings, self.iters)
         self._optimizer = OPTIMIZERS[settings.optimizer](settings, adapter.parameters)
@@ -93,10 +95,10 @@ class Trainer:
         self._whole = True
         """Whether the parameters are those of `history.step`: not while an update is made."""
 
-    @property
-    def budget_bytes(self) -> int | None:
-        """What `--memory-budget` allows."""
-        return None if self._guard is None else self._guard.budget_bytes
+    def rest(self, resting: bool) -> None:
+        """While the run pauses, hold little and do nothing; the next update makes what it needs."""
+        self.method.release()
+        self._meter.rest(resting)
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Become what the trainer was when it wrote a checkpoint.
@@ -124,8 +126,8 @@ class Trainer:
         Raises:
             BudgetError: they need more than the budget, or than is free.
         """
-        if self._guard is not None:
-            self._guard.admit(lengths)
+        if self.guard is not None:
+            self.guard.admit(lengths)
         self.method.reserve(self.model, sum(lengths), max(lengths))
 
     def update(self, batches: list[Batch], step: int) -> Update:
@@ -144,16 +146,16 @@ class Trainer:
             BudgetError: a batch needs more than the budget, or than is free; nothing was done.
             ModelError: a weight file changed since the model was loaded.
         """
-        if self._guard is not None:
+        if self.guard is not None:
             for lengths in {batch.lengths for batch in batches}:
-                self._guard.admit(lengths)
+                self.guard.admit(lengths)
         n_tokens = sum(batch.n_tokens for batch in batches)
 
         def run(sink: GradSink) -> float:
             total = 0.0
             for number, batch in enumerate(batches):
                 seed = (self.settings.seed * 1_000_003 + step) * 1_009 + number
-                one = Step(1.0 / n_tokens, seed, step - 1, seed)
+                one = Step(1.0 / n_tokens, seed, step - 1, seed, noise_of(self.settings, seed))
                 total += self.method.step(self.model, self.adapter, batch, sink, one)
             return total
 
@@ -192,7 +194,7 @@ class Trainer:
         run = _Run(train, valid, run_dir, observer, order)
         interrupted = False
         try:
-            with MemoryMeter() as meter:
+            with self._meter as meter:
                 try:
                     self._steps(run, meter)
                 except KeyboardInterrupt:
@@ -221,14 +223,14 @@ class Trainer:
             if self._stopping.due:
                 self.history.stopped_early = True
                 return
-            with self._stop.shielded():
-                with self._stop.shielded(update=True):
+            with self.stop.shielded():
+                with self.stop.shielded(update=True):
                     report = self._update(run, step, meter)
                 run_dir.confirm()
                 observer.on_step(report)
-                if self._guard is not None:
-                    self._guard.check(report.peak_anon_bytes)
-            self._stop.check()
+                if self.guard is not None:
+                    self.guard.check(report.peak_anon_bytes)
+            self.stop.check()
             best = self._validation_due(step) and self._validate(run)
             late = s.save_minutes is not None and monotonic() - saved >= 60 * s.save_minutes
             if (best or late or step % s.save_every == 0) and step < self.iters:
@@ -248,9 +250,9 @@ class Trainer:
         return report
 
     def _save(self, run: _Run) -> None:
-        with self._stop.shielded():
+        with self.stop.shielded():
             self._write(run)
-        self._stop.check()
+        self.stop.check()
 
     def _write(self, run: _Run) -> None:
         assert self._order is not None, "set where the run began"
@@ -262,7 +264,7 @@ class Trainer:
         history, run_dir = self.history, run.run_dir
         if not self._whole or history.step < self._first:
             return
-        with self._stop.shielded():
+        with self.stop.shielded():
             if run_dir.saved_step != history.step:
                 self._write(run)
             if history.validated_step != history.step:
@@ -286,13 +288,19 @@ class Trainer:
             batch_size=s.batch_size, max_batches=s.val_batches,
         )  # fmt: skip
         step = self.history.step
-        with self._stop.shielded():
+        with self.stop.shielded():
             best = self.history.validated(result.loss)
             self._stopping.see(result.loss)
             self.history.stopping = self._stopping.state()
             run.observer.on_valid(step, result)
-        self._stop.check()
+        self.stop.check()
         return best
+
+
+def noise_of(settings: TrainSettings, seed: int) -> Noise | None:
+    """NEFTune's noise of a micro-batch, whose seed is mixed so that dropout's is another."""
+    alpha = settings.neftune_noise_alpha
+    return None if alpha is None else Noise(alpha, (seed * 0x9E3779B1 + 1) & (1 << 62) - 1)
 
 
 def measured_update(

@@ -7,6 +7,7 @@ where it differs. What is not given stays as it was.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -121,7 +122,7 @@ def find(directory: Path, settings: TrainSettings) -> Resumption:
             f"the run in {directory} was made by lowtide {made_by}; this is {version()}, which may "
             "compute otherwise. Go on all the same with --resume-anyway."
         )
-    before, now = checkpoint.state.settings, asdict(settings)
+    before, now = checkpoint.state.settings, json.loads(json.dumps(asdict(settings)))
     changes, refused = [], []
     for one in fields(TrainSettings):
         if one.name in _OF_THE_COMMAND or before.get(one.name) == now[one.name]:

@@ -11,6 +11,7 @@ from lowtide.config import build
 from lowtide.data.cache import TokenDataset
 from lowtide.data.formats import FeatureNames
 from lowtide.data.prepare import PrepareRequest, prepare
+from lowtide.device import lower_priority
 from lowtide.errors import ConfigError, DataError
 from lowtide.methods import get_method
 from lowtide.model.adapter import Adapter
@@ -21,6 +22,7 @@ from .budget import within_budget
 from .fingerprint import file_fingerprint, model_fingerprint
 from .groups import Groups
 from .history import TrainResult
+from .looking import check_manners, check_samples
 from .loop import Trainer
 from .observers import Quiet, RunObserver
 from .optim import OPTIMIZERS
@@ -33,6 +35,7 @@ from .schedule import Schedule, updates_of
 from .settings import DataSettings, ModelSettings, TrainSettings, check_step
 from .stop import Stop
 from .stopping import check_stopping
+from .trackers import wanted_trackers
 from .watch import watched
 
 
@@ -63,6 +66,8 @@ def train(
     check_supported(settings)
     directory = Path(settings.adapter_path).expanduser()
     check_output(directory, settings.overwrite or settings.resume)
+    if settings.nice is not None:
+        lower_priority(settings.nice)
     stop = Stop(observer.on_stopping)
     with stop.listening(), made_directory(directory) as caches:
         check_output(directory, settings.overwrite or settings.resume)  # nobody else writes now
@@ -75,7 +80,8 @@ def _train_in(
     resumed = find(directory, settings) if settings.resume else None
     model = open_model(settings)
     check_length(model, settings.max_seq_length)
-    adapter = Adapter.create(model, settings.lora_config(), settings.seed, settings.rounded_dtype)
+    config = settings.lora_config(model.spec)
+    adapter = Adapter.create(model, config, settings.seed, settings.rounded_dtype)
     check_space(directory, _checkpoint_bytes(settings, adapter), settings.keep_checkpoints)
     Groups(settings, adapter.parameters)  # refuses names that no parameter has
     fingerprints: dict[str, str | None] = {"model": model_fingerprint(model)}
@@ -107,7 +113,7 @@ def _train_in(
     found = None if resumed is None else resumed.checkpoint
     if found is not None:
         trainer.resume(found)
-    observer.on_start(iters)
+    observer.on_start(iters, None if guard is None else guard.budget_bytes)
     with closing(RunDir(directory, Identity(settings, fingerprints), found)) as run_dir:
         with watched(run_dir, trainer, report, observer) as watchers:
             result = trainer.run(train_set, valid_set, run_dir, watchers)
@@ -138,6 +144,9 @@ def check_supported(settings: TrainSettings) -> None:
     check_step(settings)
     check_batches(settings)
     check_recipe(settings, settings.learning_rate)
+    check_samples(settings)
+    check_manners(settings)
+    wanted_trackers(settings.report_to)
     if settings.epochs is None:
         Schedule.of(settings, updates_of(settings, 0))  # refuses a warm-up that is too long
     if settings.valid_data is not None and settings.valid_records:
@@ -175,10 +184,9 @@ def data_request(
     settings: DataSettings, model: Decoder, data: str, out: Path, **more: Any
 ) -> PrepareRequest:
     """What the tokenising child is asked to do."""
-    tokenizer = Path(settings.tokenizer).expanduser() if settings.tokenizer else model.directory
     return PrepareRequest(
         data=Path(data).expanduser(),
-        tokenizer=tokenizer,
+        tokenizer=settings.tokenizer_directory(model.directory),
         out=out,
         max_seq_length=settings.max_seq_length,
         vocab_size=model.spec.vocab_size,

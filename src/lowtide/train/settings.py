@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from lowtide.config import setting
+from lowtide.errors import ConfigError
 from lowtide.methods import METHODS, MethodOptions, check_options
-from lowtide.model.adapter import ALL_LINEAR, LoraConfig
 from lowtide.model.decoder import COMPUTE_DTYPES
 from lowtide.weights.storages import STORAGES
 
+from .looking import MannerSettings, SampleSettings, TrackerSettings
+from .lora_settings import LoraSettings
 from .recipe import MAX_BATCH, OptimizerSettings, RecipeSettings, check_optimizer
 
 MAX_SEED = 2**63 - 1
@@ -78,25 +81,9 @@ class DataSettings:
     text_feature: str = setting("text", help="record key of plain text")
     chat_feature: str = setting("messages", help="record key of a chat's messages")
 
-
-@dataclass(frozen=True, kw_only=True)
-class LoraSettings:
-    """The adapter's shape."""
-
-    lora_r: int = setting(8, help="LoRA rank", minimum=1, maximum=8192)
-    lora_alpha: float = setting(16.0, help="LoRA output is scaled by alpha / r", above=0)
-    lora_dropout: float = setting(
-        0.0, help="probability of dropping an adapter's input in training", minimum=0, maximum=0.99
-    )
-    target_modules: str = setting(
-        ALL_LINEAR,
-        help="'all-linear', or names separated by commas such as q_proj,v_proj",
-        listed=True,
-    )
-
-    def lora_config(self) -> LoraConfig:
-        """As the adapter wants it."""
-        return LoraConfig(self.lora_r, self.lora_alpha, self.lora_dropout, self.target_modules)
+    def tokenizer_directory(self, model_directory: Path) -> Path:
+        """Where the tokenizer is: the model's own unless another was named."""
+        return Path(self.tokenizer).expanduser() if self.tokenizer else model_directory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,11 +123,24 @@ def check_step(settings: StepSettings) -> None:
     """
     check_options(settings.method, settings)
     check_optimizer(settings)
+    if settings.use_dora and settings.rounded_dtype is not None:
+        raise ConfigError(
+            "--use-dora with --adapter-dtype bfloat16: magnitudes rounded to 8 bits would change "
+            "every row of the weights by up to 0.4%. Leave --adapter-dtype out."
+        )
 
 
 # Dataclass fields come in reverse order of the bases, which is thus the order of run.yaml.
 @dataclass(frozen=True, kw_only=True)
-class TrainSettings(RecipeSettings, StepSettings, DataSettings, ModelSettings):
+class TrainSettings(
+    RecipeSettings,
+    StepSettings,
+    DataSettings,
+    MannerSettings,
+    TrackerSettings,
+    SampleSettings,
+    ModelSettings,
+):
     """All settings of `lowtide train`."""
 
     data: str = setting(
@@ -164,7 +164,12 @@ class TrainSettings(RecipeSettings, StepSettings, DataSettings, ModelSettings):
         False, help="let records of similar length share a batch (with --batch-size above 1)"
     )
     seed: int = setting(
-        0, help="seed of initialisation, order and dropout", minimum=0, maximum=MAX_SEED
+        0, help="seed of initialisation, order, dropout and noise", minimum=0, maximum=MAX_SEED
+    )
+    neftune_noise_alpha: float | None = setting(
+        None,
+        help="NEFTune: uniform noise on the embeddings in training; usual are 5 to 15",
+        above=0,
     )
     valid_data: str | None = setting(None, help="file to validate on", filled=True, changeable=True)
     valid_records: int = setting(

@@ -25,6 +25,7 @@ def granite_spec(raw: Mapping[str, Any]) -> ModelSpec:
         ),
         attention_scale=reader.number("attention_multiplier", 1.0),
         embedding_scale=reader.number("embedding_multiplier", 1.0),
+        noise_scale=reader.number("embedding_multiplier", 1.0),
         residual_scale=reader.number("residual_multiplier", 1.0),
         logit_scale=1.0 / reader.number("logits_scaling", 1.0),
     )

@@ -128,7 +128,7 @@ class Adafactor:
 
 
 def _mean_square(x: Tensor, dim: int) -> Tensor:
-    norm = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
     return norm.square_().div_(x.shape[dim])
 
 

@@ -12,6 +12,7 @@ import torch
 import lowtide
 from lowtide.errors import DataError
 from lowtide.model.decoder import Decoder
+from lowtide.ops.products import onednn_is_faster
 
 _SAMPLES, _SAMPLE_BYTES = 256, 4096
 
@@ -68,6 +69,7 @@ def arithmetic() -> dict[str, str]:
         "torch": torch.__version__,
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
+        "products": "oneDNN" if onednn_is_faster() else "torch",
     }
 
 

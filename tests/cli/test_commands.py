@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import math
 import os
-import re
 from pathlib import Path
 
 import pytest
 import small
 import yaml
 
-from lowtide.cli.main import COMMANDS, main
+from lowtide.cli.main import COMMANDS
 
 STEP_KEYS = {
     "step", "loss", "n_tokens", "wall_s", "cpu_s", "tokens_per_s", "peak_anon_bytes",
@@ -43,39 +40,19 @@ def test_train_says_what_it_does_and_writes_its_files(
     assert "LoRA r=8 on q_proj, k_proj" in lines[1]
     assert lines[2].startswith("train    20 records")
     assert lines[3].startswith("valid    4 records")
-    told = [line.split("  ")[0].split(":")[0] for line in lines[4:-3]]
+    told = [line.split("  ")[0].split(":")[0] for line in lines[4:-7]]
     assert told == [
         "step 0/5", "step 1/5", "step 2/5", "step 2/5", "step 2",
         "step 4/5", "step 4/5", "step 4", "step 5/5", "step 5/5", "step 5",
     ]  # fmt: skip
     assert "done: 5 updates" in done.out
-    assert f"try it: lowtide generate --model {model} --adapter-path {out} --prompt" in lines[-1]
-
-
-def test_a_terminal_gets_a_live_bar_with_other_lines_above_it(
-    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "100")
-    terminal = Terminal()
-    arguments = [
-        "train", "--model", model, "--data", data, "--adapter-path", tmp_path / "out",
-        "--iters", 5, "--max-seq-length", 32, "--save-every", 2,
-    ]  # fmt: skip
-    with contextlib.redirect_stdout(terminal):
-        assert main([str(argument) for argument in arguments]) == 0
-    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
-    assert re.search(
-        r"step 5/5 ━+ loss \d+\.\d+  [\d,]+ tokens/s  peak \d+\.\d MB  0\.0s left", shown
-    )
-    assert "step 1/5  loss" not in shown  # the lines that the bar replaces
-    lines = [line.strip() for line in re.split(r"[\r\n]", shown)]
-    assert f"step 2: saved to {tmp_path / 'out'}" in lines
-    assert any(line.startswith("done: 5 updates") for line in lines)
+    assert [line.split()[0] for line in lines[-6:-2]] == ["took", "memory", "files", "next"]
+    here = f"--model {model} --adapter-path {out}"
+    assert lines[-3] == f'next     lowtide generate {here} --prompt "..."'
+    assert lines[-2].strip() == f"lowtide eval {here} --data {data} --max-seq-length 32"
+    assert lines[-1].strip() == f"lowtide report {out}"
+    for line in lines[-2:]:
+        assert small.run(*line.split()[1:]).code == 0
 
 
 def test_metrics_has_a_line_for_each_update_and_each_validation(

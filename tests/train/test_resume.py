@@ -14,6 +14,7 @@ import small
 from runs import WEIGHTS, assert_tidy, train
 
 import lowtide as lt
+from lowtide.demo.assets import asset_dir
 from lowtide.errors import ConfigError, DataError, LowtideWarning, ModelError, OutputError
 from lowtide.train import fingerprint
 from lowtide.train.history import StepReport
@@ -135,7 +136,7 @@ def test_the_directory_alone_says_all_that_a_resumed_run_needs(
     given = {"iters": 6, "save_every": 2, "seed": 3, "lora_r": 3}
     train(model, data, tmp_path / "whole", **given)
     out = tmp_path / "out"
-    stopped(model, data, out, 4, **given)
+    stopped(model, data, out, 4, **given, sample_prompt=["a number"], sample_tokens=2)
     outcome = small.run("train", "--resume", "--adapter-path", out)
     assert outcome.code == 0, outcome.err
     assert f"resumed  {out}/checkpoints/step-2" in outcome.out
@@ -403,6 +404,25 @@ def test_the_best_adapter_is_kept_apart(model: Path, data: Path, tmp_path: Path)
         "--max-seq-length", 32,
     )  # fmt: skip
     assert outcome.document["loss"] == pytest.approx(best[2], rel=1e-6)
+
+
+def test_two_threads_give_the_same_bytes_twice_and_across_a_resume(tmp_path: Path) -> None:
+    """On a model whose products are large enough to be shared by threads."""
+    rows = [{"text": sentence} for sentence in small.SENTENCES]
+    data = small.write_jsonl(tmp_path / "rows.jsonl", rows)
+    given = [
+        "train", "--model", asset_dir(), "--data", data, "--threads", 2, "--batch-size", 4,
+        "--max-seq-length", 64, "--lora-dropout", 0.1,
+    ]  # fmt: skip
+    for name, iters in (("one", 4), ("two", 4), ("out", 2)):
+        done = small.run_process(*given, "--adapter-path", tmp_path / name, "--iters", iters)
+        assert done.code == 0, done.err
+    resumed = ["train", "--resume", "--adapter-path", tmp_path / "out", "--iters", 4]
+    done = small.run_process(*resumed)
+    assert done.code == 0, done.err
+    assert done.err == ""
+    assert same_files(tmp_path / "one", tmp_path / "two", (WEIGHTS,))
+    assert same_files(tmp_path / "one", tmp_path / "out", (WEIGHTS,))
 
 
 def test_nothing_draws_from_generators_that_no_checkpoint_holds(

@@ -15,6 +15,8 @@ from runs import train
 from lowtide.memory.heap import _KEPT_BYTES
 from lowtide.methods import METHODS
 from lowtide.train import samples as module
+from lowtide.train.history import StepReport
+from lowtide.train.observers import Quiet
 
 PROMPTS = ["The number", ""]
 
@@ -83,7 +85,7 @@ print(json.dumps([result.peak_anon_bytes, "tokenizers" in sys.modules]))
 
 def test_samples_cost_neither_peak_nor_a_tokenizer(data: Path, tmp_path: Path) -> None:
     """malloc may keep what it keeps; the buffers of both are never there at once."""
-    sizes = {"hidden_size": 256, "intermediate_size": 600, "num_hidden_layers": 4}
+    sizes = {"hidden_size": 128, "intermediate_size": 300, "num_hidden_layers": 4}
     model = small.write_small_model(tmp_path / "model", **sizes)
     peaks = []
     for name, prompts in (("without", []), ("with", PROMPTS)):
@@ -181,3 +183,21 @@ def test_a_sample_that_fails_does_not_end_the_run(
     assert outcome.code == 0
     assert "no sample at step 1: the process that runs the tokenizer was ended" in outcome.err
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_a_resumed_run_goes_on_with_its_samples(model: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    given = {"iters": 4, "sample_prompt": ["One"], "steps_per_sample": 2}
+    train(model, data, out, observer=Stops(), **given)
+    outcome = small.run("train", "--adapter-path", out, "--resume")
+    assert outcome.code == 0, outcome.err
+    assert "changed" not in outcome.out  # a list of texts is the same after a checkpoint
+    assert [step for step, _, _ in told(out)] == [0, 2, 4]
+
+
+class Stops(Quiet):
+    """Stops after the third update."""
+
+    def on_step(self, report: StepReport) -> None:
+        if report.step == 3:
+            raise KeyboardInterrupt

@@ -138,6 +138,11 @@ class CacheWriter:
             raise unwritable(self._path, error) from None
 
 
+_UNREADABLE = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError),
+)
+
+
 class TokenDataset:
     """A cache, open for reading; make one with `TokenDataset.open`."""
 
@@ -178,7 +183,7 @@ class TokenDataset:
             return cls(path)
         except FileNotFoundError:
             raise DataError(f"no token cache at {path}. Prepare the data again.") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except _UNREADABLE as error:
             raise DataError(
                 f"{path} is not a whole token cache: {error}. Delete it and prepare the data again."
             ) from None

@@ -18,9 +18,10 @@ from lowtide.data.tokenizer_files import (
     read_backend,
     read_settings,
     read_templates,
+    readable_failures,
 )
 from lowtide.data.turns import template_traits
-from lowtide.errors import ConfigError, DataError
+from lowtide.errors import ConfigError, DataError, ModelError
 
 if TYPE_CHECKING:
     import tokenizers
@@ -65,8 +66,16 @@ class Tokenizer:
         """
         directory = Path(directory)
         backend = read_backend(directory)
-        settings = read_settings(directory, backend)
-        return cls(backend, settings, _find_template(directory, chat_template, settings))
+        try:
+            settings = read_settings(directory, backend)
+        except UnicodeEncodeError:
+            raise ModelError(
+                f"the tokenizer's files in {directory} name a token that holds half of a "
+                "surrogate pair. Fetch them again."
+            ) from None
+        tokenizer = cls(backend, settings, _find_template(directory, chat_template, settings))
+        tokenizer.decode(tokenizer.encode("a b."))  # a broken one fails now, not at some record
+        return tokenizer
 
     @property
     def bos_id(self) -> int | None:
@@ -183,7 +192,8 @@ class Tokenizer:
 
     def _encode(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
         try:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens)
+            with readable_failures("read a text"):
+                return self._backend.encode(text, add_special_tokens=add_special_tokens)
         except (TypeError, UnicodeEncodeError):
             problem = unencodable(text)
             if problem is None:
@@ -192,8 +202,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of some ids."""
-        text = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
-        return str(text)
+        with readable_failures("write a text"):
+            return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def token(self, token_id: int) -> str | None:
         """The vocabulary's own spelling of one id; None for an id that it does not hold."""

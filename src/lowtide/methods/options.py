@@ -26,12 +26,14 @@ class MethodOptions:
         "memory",
         help="mesp, mebp: where block inputs are kept; file is a mapped scratch file",
         choices=("memory", "file"),
+        changeable=True,
     )
     keep_blocks: int = setting(
         0,
         help="mesp: how many of the last blocks keep their intermediates for the backward instead "
         "of recomputing them: faster, and more memory",
         minimum=0,
+        changeable=True,
     )
     tiles: str = setting(
         "full",
@@ -50,6 +52,7 @@ class MethodOptions:
         None,
         help="mesp, mebp: directory on a disk for the file of block inputs; none takes TMPDIR",
         filled=True,
+        changeable=True,
     )
     zo_eps: float = setting(1e-3, help="mezo: how far the two forwards step from theta", above=0)
     zo_directions: int = setting(1, help="mezo: random directions per step", minimum=1)

@@ -22,7 +22,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lowtide.errors import OutputError
@@ -107,47 +106,46 @@ class Checkpoint:
         return found
 
     def load(self, tensors: Mapping[str, Tensor], name: str) -> None:
-        """Fill tensors from one of the files, one tensor at a time.
+        """Fill tensors from one of the files, straight into their memory.
 
         Args:
-            tensors: by name; filled in place.
+            tensors: by name, in the order in which they were written; contiguous.
             name: of the file.
 
         Raises:
             OutputError: the file holds other tensors.
         """
         path = self.directory / name
-        try:
-            with safe_open(str(path), framework="pt") as held:
-                if set(held.keys()) != set(tensors):
-                    raise ValueError("it holds tensors of other names")
-                for key, tensor in tensors.items():
-                    found = held.get_tensor(key)
-                    if (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
-                        raise ValueError(f"{key} is {found.dtype} {list(found.shape)}")
-                    tensor.copy_(found)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise OutputError(
-                f"{path} does not fit this run: {error}. Start a new run in another --adapter-path."
-            ) from error
+        header, *contents = safetensors_parts(tensors)
+        with open(path, "rb") as file:
+            if file.read(len(header)) != header:
+                raise OutputError(
+                    f"{path} holds other tensors than this run has. Start a new run in another "
+                    "--adapter-path."
+                )
+            for content in contents:
+                file.readinto(content)
 
 
 def _read_state(path: Path) -> Checkpoint:
     try:
         document = json.loads(path.read_bytes())
         claimed = document.pop("sha256")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise DamagedError(f"{path.name} is not whole") from error
     if claimed != _checksum(document):
         raise DamagedError(f"{path.name} does not have its checksum")
-    if document["format"] > FORMAT:
+    if document.get("format", 0) > FORMAT:
         raise OutputError(
             f"{path.parent} was written by lowtide {document['lowtide']}, in format "
             f"{document['format']}; this is lowtide {version()}, which knows formats up to "
             f"{FORMAT}. Resume with lowtide {document['lowtide']} or newer."
         )
-    state = RunState(**document["state"])
-    return Checkpoint(path.parent, state, document["files"], document["lowtide"])
+    try:
+        state = RunState(**document["state"])
+        return Checkpoint(path.parent, state, document["files"], document["lowtide"])
+    except (KeyError, TypeError) as error:
+        raise DamagedError(f"{path.name} says something else than a run's state") from error
 
 
 def _checksum(document: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The settings of what goes on beside the updates: samples, manners on the device."""
+"""The settings of what goes on beside the updates: samples, trackers, manners on the device."""
 
 from __future__ import annotations
 
@@ -18,13 +18,34 @@ class SampleSettings:
     """Samples during training."""
 
     sample_prompt: tuple[str, ...] = setting(
-        (), help="prompt to answer now and then during training; may be given several times"
+        (),
+        help="prompt to answer now and then during training; may be given several times",
+        changeable=True,
     )
     steps_per_sample: int | None = setting(
-        None, help="updates between samples; none takes --steps-per-eval", minimum=1
+        None,
+        help="updates between samples; none takes --steps-per-eval",
+        minimum=1,
+        changeable=True,
     )
     sample_tokens: int | None = setting(
-        None, help=f"tokens of a sample at most; none takes {SAMPLE_TOKENS}", minimum=1
+        None,
+        help=f"tokens of a sample at most; none takes {SAMPLE_TOKENS}",
+        minimum=1,
+        changeable=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackerSettings:
+    """Other programs that take the figures."""
+
+    report_to: str | None = setting(
+        None,
+        help="send the figures to tensorboard, to wandb, or to both, separated by commas",
+        listed=True,
+        filled=True,
+        changeable=True,
     )
 
 
@@ -53,9 +74,12 @@ class MannerSettings:
         help="niceness to run at, see nice(1): 19 runs only when nothing else wants the cores",
         minimum=0,
         maximum=19,
+        changeable=True,
     )
     pause_on_battery: bool = setting(
-        False, help="pause after the update while the device runs from its battery"
+        False,
+        help="pause after the update while the device runs from its battery",
+        changeable=True,
     )
     max_temperature: float | None = setting(
         None,
@@ -63,6 +87,7 @@ class MannerSettings:
         f"until it is {COOLER_BY_C:g} degrees cooler",
         above=0,
         maximum=150,
+        changeable=True,
     )
 
 

@@ -55,8 +55,8 @@ class RunObserver(Observer, Protocol):
     def on_resume(self, resumption: Resumption) -> None:
         """The run goes on from a checkpoint."""
 
-    def on_start(self, iters: int) -> None:
-        """Training begins, and will make up to so many updates in all."""
+    def on_start(self, iters: int, budget_bytes: int | None) -> None:
+        """Training begins, and will make up to so many updates in all, within a budget or none."""
 
     def on_sample(self, sample: Sample) -> None:
         """A prompt was answered."""
@@ -80,7 +80,7 @@ class Quiet:
     def on_data(self, report: PrepareReport) -> None:
         """Nothing."""
 
-    def on_start(self, iters: int) -> None:
+    def on_start(self, iters: int, budget_bytes: int | None) -> None:
         """Nothing."""
 
     def on_step(self, report: StepReport) -> None:

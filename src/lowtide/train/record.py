@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from lowtide.device import EnergyMeter, Paced, temperature_c
 from lowtide.errors import LowtideWarning, OutputError
@@ -25,21 +25,10 @@ from lowtide.runs.lines import Lines, finite, number
 from .history import StepReport, TrainResult
 from .observers import Cost, Quiet, Sample
 from .output import EVENTS_FILE, METRICS_FILE
+from .trackers import Tracker
 
 _SENSORS_S = 5.0
 Write = Callable[[Mapping[str, object], str], None]
-
-
-class Tracker(Protocol):
-    """A program that takes the lines of metrics.jsonl as well."""
-
-    name: str
-
-    def log(self, entry: Mapping[str, Any]) -> None:
-        """Take one line."""
-
-    def close(self) -> None:
-        """Write what is still held."""
 
 
 class Recorder(Quiet):

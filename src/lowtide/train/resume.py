@@ -7,6 +7,7 @@ where it differs. What is not given stays as it was.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -121,12 +122,15 @@ def find(directory: Path, settings: TrainSettings) -> Resumption:
             f"the run in {directory} was made by lowtide {made_by}; this is {version()}, which may "
             "compute otherwise. Go on all the same with --resume-anyway."
         )
-    before, now = checkpoint.state.settings, asdict(settings)
+    now = json.loads(json.dumps(asdict(settings)))
     changes, refused = [], []
     for one in fields(TrainSettings):
-        if one.name in _OF_THE_COMMAND or before.get(one.name) == now[one.name]:
+        if one.name in _OF_THE_COMMAND:
             continue
-        was, is_now = before.get(one.name), now[one.name]
+        default = list(one.default) if isinstance(one.default, tuple) else one.default
+        was, is_now = checkpoint.state.settings.get(one.name, default), now[one.name]
+        if was == is_now:
+            continue
         if one.metadata["rule"].changeable:
             changes.append(f"{one.name}: was {was}, now {is_now}")
         else:

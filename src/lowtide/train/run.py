@@ -35,6 +35,7 @@ from .schedule import Schedule, updates_of
 from .settings import DataSettings, ModelSettings, TrainSettings, check_step
 from .stop import Stop
 from .stopping import check_stopping
+from .trackers import wanted_trackers
 from .watch import watched
 
 
@@ -112,7 +113,7 @@ def _train_in(
     found = None if resumed is None else resumed.checkpoint
     if found is not None:
         trainer.resume(found)
-    observer.on_start(iters)
+    observer.on_start(iters, None if guard is None else guard.budget_bytes)
     with closing(RunDir(directory, Identity(settings, fingerprints), found)) as run_dir:
         with watched(run_dir, trainer, report, observer) as watchers:
             result = trainer.run(train_set, valid_set, run_dir, watchers)
@@ -145,6 +146,7 @@ def check_supported(settings: TrainSettings) -> None:
     check_recipe(settings, settings.learning_rate)
     check_samples(settings)
     check_manners(settings)
+    wanted_trackers(settings.report_to)
     if settings.epochs is None:
         Schedule.of(settings, updates_of(settings, 0))  # refuses a warm-up that is too long
     if settings.valid_data is not None and settings.valid_records:

@@ -105,16 +105,16 @@ class RunDir:
         """Make the directory what it was when the checkpoint was written."""
         step = resumed.state.step
         self._checkpoints.set_aside(step)
-        metrics = self.directory / METRICS_FILE
-        metrics.touch()
-        if metrics.stat().st_size < resumed.state.metrics_bytes:
-            warnings.warn(
-                f"{metrics} has lost lines of steps up to {step}; those that follow are appended.",
-                LowtideWarning,
-                stacklevel=2,
-            )
-        else:
-            os.truncate(metrics, resumed.state.metrics_bytes)
+        with open(self.directory / METRICS_FILE, "ab") as metrics:
+            if metrics.tell() < resumed.state.metrics_bytes:
+                warnings.warn(
+                    f"{metrics.name} has lost lines of steps up to {step}; those that follow are "
+                    "appended.",
+                    LowtideWarning,
+                    stacklevel=2,
+                )
+            else:
+                metrics.truncate(resumed.state.metrics_bytes)
         _end_last_line(self.directory / EVENTS_FILE)
         self.saved_step = step
         weights = self.directory / WEIGHTS_FILE

@@ -13,7 +13,7 @@ from lowtide.methods import METHODS, MethodOptions, check_options
 from lowtide.model.decoder import COMPUTE_DTYPES
 from lowtide.weights.storages import STORAGES
 
-from .looking import MannerSettings, SampleSettings
+from .looking import MannerSettings, SampleSettings, TrackerSettings
 from .lora_settings import LoraSettings
 from .recipe import MAX_BATCH, OptimizerSettings, RecipeSettings, check_optimizer
 
@@ -133,7 +133,13 @@ def check_step(settings: StepSettings) -> None:
 # Dataclass fields come in reverse order of the bases, which is thus the order of run.yaml.
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings(
-    RecipeSettings, StepSettings, DataSettings, MannerSettings, SampleSettings, ModelSettings
+    RecipeSettings,
+    StepSettings,
+    DataSettings,
+    MannerSettings,
+    TrackerSettings,
+    SampleSettings,
+    ModelSettings,
 ):
     """All settings of `lowtide train`."""
 

@@ -22,6 +22,7 @@ from .output import METRICS_FILE
 from .record import Recorder
 from .run_dir import RunDir
 from .samples import Sampler
+from .trackers import TRACKERS, wanted_trackers
 
 
 class Watchers(Several):
@@ -66,7 +67,11 @@ def watched(
         Whom to tell of the run.
     """
     settings = trainer.settings
-    recorder = Recorder(run_dir.log, _facts(trainer, data))
+    trackers = [
+        TRACKERS[name](run_dir.directory, asdict(settings))
+        for name in wanted_trackers(settings.report_to)
+    ]
+    recorder = Recorder(run_dir.log, _facts(trainer, data), trackers)
     if settings.resume:
         recorder.go_on_from(run_dir.directory / METRICS_FILE)
     others: list[RunObserver] = [observer]

@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from pathlib import Path
 
 import torch
 
 import lowtide
-from lowtide.errors import DataError
 from lowtide.model.decoder import Decoder
 from lowtide.ops.products import onednn_is_faster
 
@@ -42,25 +40,6 @@ def model_fingerprint(model: Decoder) -> str:
         finally:
             os.close(descriptor)
     return digest.hexdigest()
-
-
-def file_fingerprint(path: Path) -> str:
-    """SHA-256 of a whole file, such as a token cache.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Hexadecimal.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def arithmetic() -> dict[str, str]:

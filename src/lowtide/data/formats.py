@@ -13,7 +13,7 @@ from typing import Any
 
 from lowtide.data.files import Problems, iter_rows, kind_of
 from lowtide.data.tokenizer import unencodable
-from lowtide.errors import DataError, listed
+from lowtide.errors import DataError, listed, shown
 
 ROLES = ("system", "user", "assistant", "tool")
 
@@ -175,7 +175,7 @@ def _infer(row: Mapping[str, Any], formats: list[_Format], path: Path, place: st
 
 
 def _quoted(keys: Mapping[str, Any] | tuple[str, ...]) -> str:
-    return ", ".join(repr(key) for key in keys)
+    return ", ".join(shown(key) for key in keys)
 
 
 def _instruction(row: Mapping[str, Any], where: str) -> Record:
@@ -237,8 +237,8 @@ def _check_message(message: Mapping[str, Any], place: str) -> None:
         )
     role, content = message["role"], message.get("content")
     if not isinstance(role, str) or role not in ROLES:
-        shown = repr(role) if isinstance(role, str) else kind_of(role)
-        raise _BadRecordError(f"{place} has the role {shown}; expected {', '.join(ROLES)}")
+        found = shown(role) if isinstance(role, str) else kind_of(role)
+        raise _BadRecordError(f"{place} has the role {found}; expected {', '.join(ROLES)}")
     if calls is not None and (role != "assistant" or not isinstance(calls, list)):
         raise _BadRecordError(f"{place}: 'tool_calls' must be a list in an assistant message")
     if content is None and calls:

@@ -272,6 +272,21 @@ def test_validation_data_of_its_own_is_not_warned_of(
     assert report.warnings == ()
 
 
+def test_the_child_holds_no_more_for_more_data(
+    request_for: Request, tmp_path: Path, write_rows: Write
+) -> None:
+    """Sixteen times the records; equal texts, so that the tokenizer's word cache is the same."""
+    row = {"text": "It was a dark and stormy night. " * 8, "more": "x" * 500}
+    peaks = []
+    for count in (2_500, 40_000):
+        path = write_rows(tmp_path / f"{count}.jsonl", *[row] * count)
+        report = prepare(request_for(path))
+        assert report.splits["train"].records == count
+        peaks.append(report.child_peak_rss_bytes)
+    assert path.stat().st_size > 30_000_000
+    assert peaks[1] - peaks[0] < 6_000_000, peaks
+
+
 def test_the_child_tells_its_own_memory(
     request_for: Request, tmp_path: Path, write_rows: Write
 ) -> None:

@@ -212,10 +212,9 @@ def test_a_real_disk_that_is_full_at_random_moments_loses_nothing(
         failures, reached = 0, -1
         while failures < 8:
             process = start(disk / "out", settings)
-            before = metrics_size(disk / "out")
-            while process.poll() is None and metrics_size(disk / "out") in (0, before):
+            enough = metrics_size(disk / "out") + chance.randrange(1, 10_000)
+            while process.poll() is None and metrics_size(disk / "out") < enough:
                 time.sleep(0.001)
-            time.sleep(chance.uniform(0, 0.2))
             _fill(disk / "filler")
             text, _ = process.communicate()
             if process.returncode == 0:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from lowtide.elsewhere import ELSEWHERE
-from lowtide.errors import ConfigError, listed
+from lowtide.errors import ConfigError, listed, shown
 from lowtide.settings_file import read_yaml
 
 
@@ -79,7 +79,7 @@ def build(kind: type[S], given: Mapping[str, Any]) -> S:
     for key, value in given.items():
         name = str(key).replace("-", "_")
         if name not in known:
-            problems.append(f"unknown setting {key!r}{_setting_meant(name, known)}")
+            problems.append(f"unknown setting {shown(key)}{_setting_meant(name, known)}")
             continue
         seen.add(name)
         try:
@@ -129,7 +129,7 @@ def _checked(name: str, value: Any, hint: Any, rule: Rule) -> Any:
         return _texts(name, value, rule)
     value = _converted(value, base, rule)
     if not isinstance(value, base) or (base is not bool and isinstance(value, bool)):
-        raise ValueError(f"{name} = {value!r}: expected {_kind_name(base)}")
+        raise ValueError(f"{name} = {shown(value)}: expected {_kind_name(base)}")
     if isinstance(value, str):
         _check_text(name, value, rule)
     elif isinstance(value, int | float):
@@ -157,7 +157,7 @@ def _texts(name: str, value: Any, rule: Rule) -> tuple[str, ...]:
     """Several texts, of which one may stand alone."""
     values = value if isinstance(value, list | tuple) else [value]
     if not all(isinstance(one, str) for one in values):
-        raise ValueError(f"{name} = {value!r}: expected text, or a list of texts")
+        raise ValueError(f"{name} = {shown(value)}: expected text, or a list of texts")
     for one in values:
         _check_text(name, one, rule)
     return tuple(values)
@@ -165,13 +165,13 @@ def _texts(name: str, value: Any, rule: Rule) -> tuple[str, ...]:
 
 def _check_text(name: str, value: str, rule: Rule) -> None:
     if "\0" in value:
-        raise ValueError(f"{name} = {value!r}: expected text without NUL characters")
+        raise ValueError(f"{name} = {shown(value)}: expected text without NUL characters")
     if rule.filled and not value.strip():
         raise ValueError(f"{name} is empty; expected: {rule.help}")
     if rule.choices is not None and value not in rule.choices:
         usual = rule.elsewhere.get(value)
         meant = f"; here it is {usual}" if usual else did_you_mean(value, rule.choices)
-        raise ValueError(f"{name} = {value!r}: choose {', '.join(rule.choices)}{meant}")
+        raise ValueError(f"{name} = {shown(value)}: choose {', '.join(rule.choices)}{meant}")
 
 
 def _check_range(name: str, value: float, rule: Rule) -> None:

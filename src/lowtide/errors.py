@@ -7,7 +7,9 @@ exceptions. Anything else that escapes is a bug in lowtide.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
+from typing import Any
 
 
 class LowtideError(Exception):
@@ -81,3 +83,13 @@ def listed(problems: Sequence[str], limit: int = 20) -> str:
     if len(problems) > limit:
         shown.append(f"  ... and {len(problems) - limit} more")
     return "\n".join(shown)
+
+
+_SHOWN = reprlib.Repr()
+_SHOWN.maxlevel, _SHOWN.maxdict, _SHOWN.maxlist, _SHOWN.maxtuple = 3, 6, 8, 8
+_SHOWN.maxstring, _SHOWN.maxlong, _SHOWN.maxother = 200, 60, 200
+
+
+def shown(value: Any) -> str:
+    """A value that a user gave, as a message shows it: whole where that fits a line or two."""
+    return _SHOWN.repr(value)

@@ -21,13 +21,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: the file is missing, not YAML, or not a mapping.
     """
-    import yaml
+    from lowtide.plain_yaml import load_plain_yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_plain_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(f"--config {path}: there is no such file.") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"--config {path} cannot be read as YAML: {error}") from error
     if content is None:
         return {}
@@ -38,6 +38,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def to_yaml(settings: Any) -> str:
     """The settings as YAML that `--config` reads back."""
-    import yaml
+    from lowtide.plain_yaml import dump_plain_yaml
 
-    return str(yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False, allow_unicode=True))
+    return dump_plain_yaml(dataclasses.asdict(settings))

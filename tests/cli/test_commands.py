@@ -174,7 +174,7 @@ def test_info_takes_the_model_as_its_first_word(model: Path) -> None:
     assert document["model_type"] == "llama"
     assert document["n_parameters"] == 22_432
     assert document["bytes_on_disk"] == (model / "model.safetensors").stat().st_size
-    for part in ("22,432", "4 heads of 8, 2 key/value heads", "264, head tied", "float32: "):
+    for part in ("22,432", "4 heads of 8, 2 of keys and values", "264 tokens", "float32: "):
         assert part in by_flag.out
 
 

@@ -83,7 +83,7 @@ def request_for(tmp_path: Path, tiny_directory: Path) -> Callable[..., PrepareRe
     def make(data: Path, **settings: Any) -> PrepareRequest:
         defaults: dict[str, Any] = {
             "tokenizer": tiny_directory,
-            "out": tmp_path / "out",
+            "cache": tmp_path / "cache",
             "max_seq_length": 64,
             "vocab_size": 259,
         }

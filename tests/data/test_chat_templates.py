@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lowtide.data import sandbox
+from lowtide.data import template_cost
 from lowtide.data.templates import ChatTemplate
 from lowtide.data.tokenizer import Tokenizer
 from lowtide.errors import DataError
@@ -129,7 +129,7 @@ MANY = "range(100000)"
     ],
 )
 def test_a_template_without_end_is_stopped(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "MAX_TURNS", 5000)
+    monkeypatch.setattr(template_cost, "MAX_TURNS", 5000)
     with pytest.raises(DataError, match=r"my\.jinja refuses these messages: ") as raised:
         ChatTemplate(source, origin="my.jinja").render([USER])
     said = str(raised.value)
@@ -141,9 +141,9 @@ def test_a_template_without_end_is_stopped(source: str, monkeypatch: pytest.Monk
 
 def test_the_bound_is_for_each_rendering(monkeypatch: pytest.MonkeyPatch) -> None:
     template = ChatTemplate("{% for a in range(90) %}{% endfor %}.")
-    monkeypatch.setattr(sandbox, "MAX_TURNS", 100)
+    monkeypatch.setattr(template_cost, "MAX_TURNS", 100)
     assert [template.render([USER]) for _ in range(12)] == ["."] * 12
-    monkeypatch.setattr(sandbox, "MAX_TURNS", 89)
+    monkeypatch.setattr(template_cost, "MAX_TURNS", 89)
     with pytest.raises(DataError, match="does not come to an end: more than 89 turns"):
         template.render([USER])
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lowtide.data.files import read_text, require_split, resolve_split
+from lowtide.data.files import require_split, resolve_split
 from lowtide.data.formats import (
     ChatRecord,
     FeatureNames,
@@ -18,6 +18,7 @@ from lowtide.data.formats import (
     TextRecord,
     iter_records,
 )
+from lowtide.data.text import iter_plain
 from lowtide.errors import DataError
 
 USER = {"role": "user", "content": "Hi"}
@@ -92,7 +93,7 @@ def test_byte_order_mark_blank_lines_and_line_ends(tmp_path: Path) -> None:
     ]
     path = tmp_path / "train.txt"
     path.write_bytes(b"\xef\xbb\xbfa\r\nb\n")
-    assert read_text(path) == "a\r\nb\n"
+    assert "".join(iter_plain(path)) == "a\r\nb\n"
     path = tmp_path / "train.json"
     path.write_bytes(b'\xef\xbb\xbf[{"text": "a"}]')
     assert len(list(iter_records(path))) == 1
@@ -227,10 +228,10 @@ def test_text_files(tmp_path: Path) -> None:
     path = tmp_path / "train.txt"
     path.write_bytes(b" \n")
     with pytest.raises(DataError, match=r"train\.txt is empty"):
-        read_text(path)
+        "".join(iter_plain(path))
     path.write_bytes(b"a\n\xe9")
     with pytest.raises(DataError, match="is not UTF-8: byte 0xe9 on line 2"):
-        read_text(path)
+        "".join(iter_plain(path))
 
 
 def test_which_file_holds_a_split(tmp_path: Path) -> None:

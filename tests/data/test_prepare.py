@@ -31,7 +31,7 @@ def test_gsm8k_in_a_child(asset: Callable[[str], Path], qwen: Tokenizer, tmp_pat
     request = PrepareRequest(
         data=data,
         tokenizer=asset("tokenizers/Qwen2.5-Instruct"),
-        out=tmp_path / "out",
+        cache=tmp_path / "cache",
         max_seq_length=200,
         vocab_size=151_936,
         split="eval",
@@ -39,7 +39,8 @@ def test_gsm8k_in_a_child(asset: Callable[[str], Path], qwen: Tokenizer, tmp_pat
     )
     (split,) = prepare(request).splits.values()
     dataset = TokenDataset.open(split.path)
-    assert (split.path, split.source) == (tmp_path / "out" / "eval.safetensors", data)
+    assert split.path.parent.parent == tmp_path / "cache"
+    assert split.source == data
     assert len(dataset) == split.records == 200 - split.dropped_records
     lengths = dataset.lengths_of(np.arange(len(dataset)))
     assert dataset.n_tokens == split.tokens == sum(lengths)
@@ -71,7 +72,7 @@ def test_text_with_the_last_windows_held_out(
     request = PrepareRequest(
         data=data,
         tokenizer=asset("models/stories260K/hf-llama"),
-        out=tmp_path,
+        cache=tmp_path,
         max_seq_length=128,
         vocab_size=512,
         valid_records=64,
@@ -165,7 +166,7 @@ def test_counts_of_what_was_cut(
         ({"max_seq_length": 1}, ConfigError, "max_seq_length is 1"),
         ({"tokenizer": Path("/nothing")}, ModelError, "no tokenizer: /nothing is not a directory"),
         ({"data": Path("/nothing")}, DataError, "no data at /nothing"),
-        ({"out": Path("/dev/null/x")}, OutputError, "cannot write the token cache"),
+        ({"cache": Path("/dev/null/x")}, OutputError, "cannot write the token cache"),
     ],
 )
 def test_errors_of_each_kind(
@@ -180,9 +181,9 @@ def test_errors_of_each_kind(
     path = write_rows(tmp_path / "d.jsonl", *rows)
     with pytest.raises(kind, match=message) as caught:
         worker.run(request_for(**{"data": path, **settings}))
-    assert type(caught.value) is kind
-    out = tmp_path / "out"
-    assert not out.exists() or not list(out.iterdir())
+    assert caught.value.kind == kind.__name__
+    cache = tmp_path / "cache"
+    assert not cache.exists() or not list(cache.iterdir())
 
 
 def test_errors_cross_to_the_parent(
@@ -206,14 +207,14 @@ def test_a_bad_validation_file_leaves_no_caches(
     write_rows(data / "valid.jsonl", {"text": 1})
     with pytest.raises(DataError, match=r"valid\.jsonl cannot be used"):
         worker.run(request_for(data))
-    assert list((tmp_path / "out").iterdir()) == []
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_what_crosses_comes_back_whole(tmp_path: Path) -> None:
     request = PrepareRequest(
         data=Path("d é \udcff"),
         tokenizer=Path("t"),
-        out=Path("o"),
+        cache=Path("o"),
         max_seq_length=3,
         vocab_size=4,
         split="eval",
@@ -224,6 +225,6 @@ def test_what_crosses_comes_back_whole(tmp_path: Path) -> None:
         valid_records=5,
     )
     assert PrepareRequest.from_json(request.to_json()) == request
-    split = SplitReport(Path("p"), Path("s"), 1, 2, 3, 4, 5, 6, 7)
-    report = PrepareReport({"train": split})
+    split = SplitReport(Path("p"), Path("s"), 1, 2, 3, 4, 5, 6, 7, "abc", True)
+    report = PrepareReport({"train": split}, ("said",), 10)
     assert PrepareReport.from_dict(json.loads(report.to_json())) == report

@@ -134,12 +134,17 @@ print("finished")
 
 
 def test_ctrl_c_ends_both_without_a_traceback(
-    bare_room: str, request_for: Callable[..., PrepareRequest], tmp_path: Path
+    bare_room: str,
+    request_for: Callable[..., PrepareRequest],
+    tmp_path: Path,
+    write_rows: Callable[..., Path],
 ) -> None:
-    path = tmp_path / "d.jsonl"
-    os.mkfifo(path)  # the child waits for a line that never comes
+    template = tmp_path / "template.jinja"
+    os.mkfifo(template)  # the child waits for a line that never comes
+    data = write_rows(tmp_path / "d.jsonl", {"text": "a"})
+    request = request_for(data, chat_template=str(template))
     parent = subprocess.Popen(
-        [sys.executable, "-c", bare_room + INTERRUPTED, request_for(path).to_json()],
+        [sys.executable, "-c", bare_room + INTERRUPTED, request.to_json()],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -148,13 +153,15 @@ def test_ctrl_c_ends_both_without_a_traceback(
     try:
         assert parent.stdout is not None
         child = int(parent.stdout.readline())
-        writer = _open_when_read(path)
+        writer = _open_when_read(template)
+        (unfinished,) = (tmp_path / "cache").glob(".building-*")
         os.killpg(parent.pid, signal.SIGINT)
         out, err = parent.communicate(timeout=10)
         os.close(writer)
     finally:
         parent.kill()
     assert (parent.returncode, out, err) == (130, "", "")
+    assert not unfinished.exists()
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from lowtide.data.tokenizer import StreamDecoder, Tokenizer, decode_stream
+from lowtide.data.decoding import StreamDecoder, decode_stream
+from lowtide.data.tokenizer import Tokenizer
 from lowtide.errors import ConfigError, DataError, ModelError
 
 AWKWARD = [

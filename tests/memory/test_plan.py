@@ -139,6 +139,32 @@ def test_random_settings_are_predicted(seed: int, tmp_path: Path) -> None:
     assert measured <= plan.needed_bytes
 
 
+ADAPTERS: list[dict[str, Any]] = [
+    {"use_dora": True, "keep_blocks": 3},
+    {"num_layers": 2, "rank_pattern": "down_proj=64", "optimizer": "adamw"},
+    {"use_dora": True, "lora_dropout": 0.1},
+    {"use_dora": True, "target_modules": "q_proj,v_proj"},
+    {"use_dora": True, "method": "mezo"},
+    {"use_dora": True, "recompute_h": False, "rank_pattern": "q_proj=64,up_proj=1"},
+]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [pytest.param(g, marks=[] if n < 2 else pytest.mark.slow) for n, g in enumerate(ADAPTERS)],
+    ids=str,
+)
+def test_the_prediction_of_an_adapter_is_near_what_is_measured(
+    given: dict[str, Any], tmp_path: Path
+) -> None:
+    shape = {**SHAPE, "vocab_size": 8192}
+    model = _write(tmp_path / "model", shape, torch.bfloat16)
+    given = {"optimizer": "sgd", **given}
+    plan = lt.plan(model=str(model), max_seq_length=256, **given)
+    measured = _measured(model, {**given, "seq_len": 256})
+    assert abs(plan.predicted_peak_bytes - measured) <= _bounds(measured), plan.by_kind
+
+
 def test_settings_fall_from_the_fastest_to_the_smallest() -> None:
     plans = list(candidates(WORK, MethodOptions()))
     sizes = [plan.predicted_peak_bytes for plan in plans]

@@ -8,36 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import EPS32, random_adapter, random_batch, relative
-from safetensors.torch import load_file, save_file
+from twins import quantized_and_plain
 
 import lowtide as lt
 from lowtide.methods import METHODS, MethodOptions
 from lowtide.model.decoder import Decoder
-from lowtide.model.quantized import quantize_model
 from lowtide.weights.storages import STORAGES
 
-FILE = "model.safetensors"
 EXACT = [name for name, make in METHODS.items() if make(MethodOptions()).exact]
 # A tied head, an untied one, biases everywhere, and several tiles of every kind.
 SHAPES = ("qwen2-mqa", "qwen2-gqa3-untied", "llama-biases-llama3", "llama-many-tiles")
-
-
-def dequantized(parts: dict[str, torch.Tensor], name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """A matrix from what the file holds, column by column."""
-    if f"{name}.int8" in parts:
-        return parts[f"{name}.int8"].double() * parts[f"{name}.scales"].double()
-    packed, scales = parts[f"{name}.int4"].int(), parts[f"{name}.scales"].double()
-    zeros = parts.get(f"{name}.zeros")
-    groups, half = scales.shape[1], packed.shape[1]
-    size = half // -(-groups // 2)
-    out = torch.empty(shape, dtype=torch.float64)
-    for col in range(shape[1]):
-        q = packed[:, col % half] >> (4 if col >= half else 0) & 15
-        q = (q - 16 * (q >= 8)).double()
-        if zeros is not None:
-            q = q - zeros[:, col // size]
-        out[:, col] = q * scales[:, col // size]
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -50,21 +30,8 @@ def twins(
     def make(shape: str, storage: str) -> tuple[Path, Path]:
         if (shape, storage) in made:
             return made[shape, storage]
-        source = odd_model(shape)
         root = tmp_path_factory.mktemp(f"{shape}-{storage}")
-        quantize_model(str(source), root / "quantized", storage)
-        parts, plain = load_file(root / "quantized" / FILE), root / "plain"
-        plain.mkdir()
-        (plain / "config.json").write_bytes((source / "config.json").read_bytes())
-        tensors = {}
-        for name, tensor in load_file(source / FILE).items():
-            tensors[name] = tensor
-            if tensor.dim() == 2:
-                exact = dequantized(parts, name, tuple(tensor.shape))
-                tensors[name] = exact.float()
-                assert tensors[name].double().equal(exact)
-        save_file(tensors, plain / FILE, metadata={"format": "pt"})
-        made[shape, storage] = root / "quantized", plain
+        made[shape, storage] = quantized_and_plain(odd_model(shape), root, storage)
         return made[shape, storage]
 
     return make

@@ -10,7 +10,8 @@ import torch
 from helpers import asset, random_adapter, random_batch, relative
 
 import lowtide as lt
-from lowtide.data.tokenizer import Tokenizer, decode_stream
+from lowtide.data.decoding import decode_stream
+from lowtide.data.tokenizer import Tokenizer
 from lowtide.errors import ConfigError, DataError
 from lowtide.infer.generate import Generation, Sampling
 

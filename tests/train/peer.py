@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import hf_model
+from helpers import file_name, hf_model
 from torch import Tensor
 
 import lowtide as lt
@@ -86,21 +86,18 @@ class Peer:
         from transformers import get_scheduler
 
         peft = PeftModel.from_pretrained(hf_model(model, torch.float32), adapter, is_trainable=True)
-        trained = {
-            name.replace(".default.", "."): p
-            for name, p in peft.named_parameters()
-            if p.requires_grad
-        }
+        trained = {file_name(name): p for name, p in peft.named_parameters() if p.requires_grad}
         assert trained.keys() == run.start.keys()
         for name, p in trained.items():
             p.data.copy_(run.start[name])
-        ratios = {"lora_A": 1.0, "lora_B": self.loraplus}
+        ratios = {"lora_A": 1.0, "lora_B": self.loraplus, "lora_magnitude": self.loraplus}
         groups = [
             {
                 "params": [p for name, p in trained.items() if part in name],
                 "lr": self.options["lr"] * ratio,
             }
             for part, ratio in ratios.items()
+            if any(part in name for name in trained)
         ]
         optimizer = self.optimizer(groups, **self.options)
         schedule = get_scheduler(self.schedule, optimizer, self.warmup, len(run.batches))

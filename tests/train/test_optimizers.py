@@ -154,6 +154,33 @@ def test_a_rate_that_changes_is_that_of_torch(name: str) -> None:
         torch.testing.assert_close(p, truth[n].detach(), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize(
+    ("relative", "theirs"), [(False, transformers_adafactor), (True, torch.optim.Adafactor)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_adafactor_with_gradients_that_are_nothing_or_nearly(
+    relative: bool, theirs: Any, dtype: torch.dtype
+) -> None:
+    """The two rules differ where squares are below epsilon, as LoRA's often are."""
+    settings = OptimizerSettings(optimizer="adafactor", adafactor_relative=relative)
+    mine = {name: p.to(dtype) for name, p in parameters().items()}
+    optimizer = OPTIMIZERS["adafactor"](settings, mine)
+    truth = {n: torch.nn.Parameter(p.clone()) for n, p in mine.items()}
+    reference = theirs(truth.values(), lr=RATE)
+    for number, step in enumerate(gradients(5), start=1):
+        optimizer.start(number, RATE)
+        for name, grad in step.items():
+            small = (grad * (0.0 if number < 3 else 1e-9)).to(dtype)
+            truth[name].grad = small
+            optimizer.update(name, mine[name], small.clone())
+        reference.step()
+    tolerance = 100 * torch.finfo(dtype).eps
+    for name, p in mine.items():
+        torch.testing.assert_close(p, truth[name].detach(), rtol=tolerance, atol=tolerance)
+    moved = [float((p - parameters()[n].to(dtype)).abs().max()) for n, p in mine.items()]
+    assert max(moved) > (1e-4 if not relative else 0.0)
+
+
 @pytest.mark.parametrize("relative", [False, True])
 def test_adafactor_keeps_float32_masters_of_a_bfloat16_adapter(relative: bool) -> None:
     settings = OptimizerSettings(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ import lowtide as lt
 from lowtide.config import build
 from lowtide.errors import ConfigError
 from lowtide.infer.evaluate import batch_of
+from lowtide.memory.plan import predict
 from lowtide.model.decoder import Decoder
+from lowtide.train.budget import options_of, workload
 from lowtide.train.order import RecordOrder, batch_rule, largest_batch
 from lowtide.train.settings import TrainSettings
 
@@ -83,13 +86,19 @@ def test_the_largest_batch_counts_validation_too() -> None:
     assert largest_batch(settings(batch_size=9), train_rows, Rows([4])) == (9,) * 4
 
 
-def test_a_packed_run_holds_its_budget(model: Path, data: Path, tmp_path: Path) -> None:
-    """What the planner predicted for the fullest batch is enough for all."""
-    given = {"packing": True, "batch_size": 2, "max_seq_length": 48, "memory_budget": "8MB"}
-    result = train(model, data, tmp_path / "out", iters=12, **given)
-    plain = train(model, data, tmp_path / "plain", iters=12, batch_size=2, max_seq_length=48)
-    assert result.steps == 12
-    assert result.n_tokens >= plain.n_tokens
+def test_the_plan_of_the_largest_batch_is_enough_for_all(decoder: Decoder) -> None:
+    """Buffers depend on the tokens, scores on the longest sequence and how many there are."""
+    rows = Rows([2 + i * i % 47 for i in range(300)])
+    for given in ({"packing": True}, {}, {"group_by_length": True}):
+        chosen = settings(batch_size=2, max_seq_length=48, **given)
+
+        def needed(lengths: Sequence[int], chosen: TrainSettings = chosen) -> int:
+            work = workload(chosen, decoder, lengths, chosen.accumulates)
+            return predict(work, options_of(chosen)).needed_bytes
+
+        enough = needed(largest_batch(chosen, rows, None))
+        order = RecordOrder(rows, batch_rule(chosen))
+        assert all(needed(rows.lengths_of(order.take()).tolist()) <= enough for _ in range(100))
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,8 @@ def difference(
     """The largest difference of the two curves, and ours."""
     ours, theirs, options = OPTIMISERS[optimiser]
     peer = given.pop("peer", {})
+    if "learning_rate" in given:
+        options = {**options, "lr": given["learning_rate"]}
     with recorded() as run:
         lt.train(
             model=model, data=data, adapter_path=out, lr_schedule=schedule, **{**ours, **given}
@@ -94,6 +96,9 @@ def test_curves_on_a_small_model(
 
 MODELS = {"stories260K": "models/stories260K/hf-llama", "bundled": None}
 DATA = {"gsm8k": "data/gsm8k/train.jsonl", "alpaca": "data/alpaca_en_demo/alpaca_en_demo.json"}
+# On the bundled model, which learns faster, adafactor's rounding grows at its usual rates: float64
+# curves agree to 1e-9 there, float32 ones to 1e-3 and 1e-1 (docs/log.md).
+BUNDLED_RATES = {"adafactor": 3e-4, "relative adafactor": 0.1}
 STEPS, BATCH = 100, 4
 
 
@@ -146,7 +151,9 @@ def test_curves_on_real_text(data: str, optimiser: str, schedule: str, tmp_path:
 def test_curves_of_the_bundled_model(
     data: str, optimiser: str, schedule: str, tmp_path: Path
 ) -> None:
-    compared("bundled", data, optimiser, schedule, tmp_path)
+    rates = BUNDLED_RATES.get(optimiser)
+    own = {} if rates is None else {"learning_rate": rates}
+    compared("bundled", data, optimiser, schedule, tmp_path, **own)
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from runs import train
 from lowtide.errors import LowtideWarning, TrainingError
 from lowtide.runs.lines import Lines, number
 from lowtide.runs.processes import process_identity
+from lowtide.runs.read import read_run
 from lowtide.train.history import StepReport
 from lowtide.train.observers import Cost, Quiet
 
@@ -98,6 +99,23 @@ def test_a_failed_run_says_why(model: Path, data: Path, tmp_path: Path) -> None:
     end = read(tmp_path / "out" / "events.jsonl")[-1]
     assert (end["state"], end["step"]) == ("failed", 2)
     assert "the moon fell down" in end["error"]
+
+
+def test_a_resumed_run_counts_on(model: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    train(model, data, out, observer=Stops(interrupt))
+    before = read(out / "metrics.jsonl")[-1]
+    train(model, data, out, resume=True)
+    updates = read(out / "metrics.jsonl")
+    assert [entry["step"] for entry in updates] == [1, 2, 3, 4]
+    assert updates[1] == before
+    assert updates[3]["total_tokens"] == sum(entry["n_tokens"] for entry in updates)
+    elapsed = [entry["elapsed_s"] for entry in updates]
+    assert elapsed == sorted(elapsed)
+    events = [(e["event"], e["step"]) for e in read(out / "events.jsonl")]
+    assert events == [("start", 0), ("end", 2), ("start", 2), ("end", 4)]
+    run = read_run(out)
+    assert (run.state, len(run.starts), list(run.steps)) == ("finished", 2, [1, 2, 3, 4])
 
 
 def test_warnings_are_kept_and_still_shown(model: Path, data: Path, tmp_path: Path) -> None:

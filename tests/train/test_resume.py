@@ -78,6 +78,9 @@ RUNS: dict[str, dict[str, Any]] = {
         "optimizer": "adafactor", "max_grad_norm": 0.5, "clip_mode": "two-pass",
         "loraplus_lr_ratio": 4.0,
     },
+    "dora, noise, dropout, one layer": {
+        "use_dora": True, "neftune_noise_alpha": 5.0, "lora_dropout": 0.3, "num_layers": 1,
+    },
     "mezo": {"method": "mezo", "zo_directions": 2},
     "lcsb": {"method": "lcsb", "lcsb_blocks": 1},
 }  # fmt: skip

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -96,10 +95,9 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _batch(settings: CheckSettings, model: Decoder) -> Batch:
-    with tempfile.TemporaryDirectory(prefix="lowtide-check-") as out:
-        request = data_request(settings, model, settings.data, Path(out))
-        dataset = TokenDataset.open(prepare(request).splits["train"].path)
-        return batch_of(dataset, range(min(settings.records, len(dataset))))
+    report = prepare(data_request(settings, model, settings.data))
+    dataset = TokenDataset.open(report.splits["train"].path)
+    return batch_of(dataset, range(min(settings.records, len(dataset))))
 
 
 def _say(result: CheckResult, n_parameters: int, available: int, output: Output) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,14 +42,12 @@ def run(argv: Sequence[str]) -> int:
     adapter = None
     if settings.adapter_path is not None:
         adapter = Adapter.load(Path(settings.adapter_path).expanduser(), model)
-    with tempfile.TemporaryDirectory(prefix="lowtide-eval-") as out:
-        request = data_request(settings, model, settings.data, Path(out), split="eval")
-        split = prepare(request).splits["eval"]
-        output.say(f"data  {split.summary()}")
-        result = evaluate(
-            model, adapter, TokenDataset.open(split.path), get_method("mesp"),
-            batch_size=settings.batch_size,
-        )  # fmt: skip
+    split = prepare(data_request(settings, model, settings.data, split="eval")).splits["eval"]
+    output.say(f"data  {split.summary()}")
+    result = evaluate(
+        model, adapter, TokenDataset.open(split.path), get_method("mesp"),
+        batch_size=settings.batch_size,
+    )  # fmt: skip
     output.say(
         f"loss {result.loss:.4f} nats per token, perplexity {result.perplexity:,.2f}, "
         f"{result.n_tokens:,} tokens"

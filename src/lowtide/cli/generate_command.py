@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowtide.config import setting
+from lowtide.data.decoding import StreamDecoder
 from lowtide.data.prompts import prompt_ids
-from lowtide.data.tokenizer import StreamDecoder, Tokenizer
+from lowtide.data.tokenizer import Tokenizer
 from lowtide.errors import LowtideWarning
 from lowtide.infer.generate import Sampling, generate
 from lowtide.model.adapter import Adapter

@@ -34,7 +34,8 @@ def run(argv: Sequence[str]) -> int:
     spec = model.spec
     chat, chat_document = _chat(model)
     stored = model.checkpoint.bytes_by_storage(spec.tensor_shapes())
-    training = _training_bytes(settings, model)
+    training, dora = (_training_bytes(settings, model, use_dora=kind) for kind in (False, True))
+    shortest = min(training)
     rows = [
         ("model", f"{model.directory} (model_type {spec.model_type})"),
         ("parameters", f"{spec.n_parameters:,}"),
@@ -47,6 +48,9 @@ def run(argv: Sequence[str]) -> int:
         ("training", ", ".join(f"{megabytes(size)} at {length:,} tokens"
                                for length, size in training.items())
                      + f" ({_SETTING}; predicted, without weights)"),
+        ("adapters", "LoRA; rsLoRA (--use-rslora); DoRA (--use-dora), which takes "
+                     f"{megabytes(dora[shortest] - training[shortest])} more at {shortest:,} "
+                     "tokens"),
     ]  # fmt: skip
     for name, text in rows:
         output.say(f"{name:<12} {text}")
@@ -68,20 +72,22 @@ def run(argv: Sequence[str]) -> int:
             "target_modules": list(spec.linears),
             "described": dict(in_words(spec)),
             "training_bytes": {str(length): size for length, size in training.items()},
+            "dora_training_bytes": {str(length): size for length, size in dora.items()},
         }
     )
     return 0
 
 
-def _training_bytes(settings: ModelSettings, model: Decoder) -> dict[int, int]:
+def _training_bytes(settings: ModelSettings, model: Decoder, *, use_dora: bool) -> dict[int, int]:
     """The predicted peak of a training step by tokens of its one sequence."""
     lengths = [n for n in _LENGTHS if n < model.spec.max_positions] or [model.spec.max_positions]
-    return {
-        length: Question(
-            PlanSettings(**{**asdict(settings), "max_seq_length": length}), model
-        ).plan().predicted_peak_bytes
-        for length in lengths
-    }  # fmt: skip
+    given = {**asdict(settings), "use_dora": use_dora}
+
+    def peak(length: int) -> int:
+        question = Question(PlanSettings(**{**given, "max_seq_length": length}), model)
+        return question.plan().predicted_peak_bytes
+
+    return {length: peak(length) for length in lengths}
 
 
 def _chat(model: Decoder) -> tuple[str, dict[str, Any] | None]:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _EVERY_S, _SENSORS_S, _RECENT = 0.25, 5.0, 20
 _LABEL = 8
+_SPARE = 3
+"""Columns left free: a terminal shows ^C behind the last line, and must not begin a new one."""
 
 
 class LiveView(Quiet):
@@ -118,7 +120,7 @@ class LiveView(Quiet):
         from rich.console import Group
         from rich.text import Text
 
-        now, width = self._recent[-1], self._console.width
+        now, width = self._recent[-1], self._console.width - _SPARE
         plain = not self._console.encoding.lower().startswith("utf")
         lines = [self._progress_line(now, width, plain)]
         lines.append(_line("loss", _mean(self._recent), self._losses.line(width - 18, plain)))
@@ -141,7 +143,7 @@ class LiveView(Quiet):
         if self._state:
             lines.append(Text(self._state, style="bold yellow"))
         for line in lines:
-            line.no_wrap, line.overflow = True, "ellipsis"
+            line.truncate(max(1, width), overflow="ellipsis")
         return Group(*lines)
 
     def _progress_line(self, now: StepReport, width: int, plain: bool) -> Text:

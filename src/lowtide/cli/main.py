@@ -27,6 +27,7 @@ COMMANDS = {
     "report": "one page about a run: curves, memory, samples, what happened",
     "runs": "the runs below a directory, side by side",
     "check": "our gradients against autograd, on your own model and data",
+    "data": "look at a data set before training on it: `data check`",
     "plan": "what a run will need, before it runs",
     "quantize": "write a quantised copy of a model: 8 or 4 bits per weight",
     "info": "what a model directory holds",

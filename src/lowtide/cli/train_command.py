@@ -13,10 +13,12 @@ from lowtide.model.decoder import Decoder
 from lowtide.model.spec import ModelSpec
 from lowtide.train.history import StepReport, TrainResult
 from lowtide.train.observers import Cost, Quiet, Sample
+from lowtide.train.rehearsal import Rehearsal, finished
 from lowtide.train.resume import Resumption, settle
 from lowtide.train.run import train
 from lowtide.train.settings import TrainSettings
 
+from .dry_run import say_rehearsal
 from .live import LiveView
 from .output import Output, count, duration, megabytes
 from .summary import summary
@@ -37,6 +39,9 @@ def run(argv: Sequence[str]) -> int:
         result = train(settings, observer=progress)
     finally:
         progress.close()
+    if progress.rehearsal is not None:
+        output.result(finished(progress.rehearsal))
+        return 0
     if result.steps:
         for line in summary(settings, result, progress.cost):
             output.say(line)
@@ -58,7 +63,14 @@ class Progress(Quiet):
         self._iters = 0
         self._wall, self._step = 0.0, 0
         self._first = 1
+        self.rehearsal: Rehearsal | None = None
+        """What `--dry-run` found."""
         self._recent: list[StepReport] = []
+
+    def on_rehearsal(self, rehearsal: Rehearsal) -> None:
+        """Show what was found."""
+        self.rehearsal = rehearsal
+        say_rehearsal(rehearsal, self._settings, self._output)
 
     def on_resume(self, resumption: Resumption) -> None:
         """Say where the run goes on, and what is no longer as it was."""

@@ -44,7 +44,7 @@ class CacheWriter:
     `commit` appends them. Without it nothing is left behind.
 
     Args:
-        path: The file to write.
+        path: The file to write, in a directory that is there.
 
     Raises:
         OutputError: The directory cannot be written.
@@ -57,7 +57,6 @@ class CacheWriter:
         self._count = self._total = self._longest = 0
         self._committed = False
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             self._files.append(open(path, "wb"))
             self._files[0].write(bytes(_HEADER_BYTES))
             self._files += [TemporaryFile(dir=path.parent) for _ in range(2)]
@@ -98,7 +97,9 @@ class CacheWriter:
             OutputError: The disk is full.
         """
         own, offsets, digests = self._buffers
-        own.extend(token if flag else ~token for token, flag in zip(ids, trained, strict=True))
+        if 0 in trained:
+            ids = [token if flag else ~token for token, flag in zip(ids, trained, strict=True)]
+        own.extend(ids)
         self._count += 1
         self._total += len(ids)
         self._longest = max(self._longest, len(ids))
@@ -136,6 +137,11 @@ class CacheWriter:
                 del buffer[:]
         except OSError as error:
             raise unwritable(self._path, error) from None
+
+
+_UNREADABLE = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError),
+)
 
 
 class TokenDataset:
@@ -178,7 +184,7 @@ class TokenDataset:
             return cls(path)
         except FileNotFoundError:
             raise DataError(f"no token cache at {path}. Prepare the data again.") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except _UNREADABLE as error:
             raise DataError(
                 f"{path} is not a whole token cache: {error}. Delete it and prepare the data again."
             ) from None

@@ -15,11 +15,13 @@ where any of its characters is. `turns.py` says where in a conversation the assi
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lowtide.data.files import Tally
 from lowtide.data.formats import (
     ChatRecord,
     InstructionRecord,
@@ -27,11 +29,15 @@ from lowtide.data.formats import (
     Record,
     TextRecord,
 )
+from lowtide.data.stream import stream_ids
 from lowtide.data.templates import TemplateRefusal
 from lowtide.data.tokenizer import Tokenizer
 from lowtide.data.turns import Conversation, Span, assistant_spans, refusal_remedy
 from lowtide.errors import ConfigError, DataError
 
+TEMPLATE = "not expressible in the chat template"
+"""What records that the template refuses are counted under."""
+_BATCH_RECORDS, _BATCH_CHARS = 128, 1 << 17
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately "
     "completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
@@ -53,11 +59,24 @@ class Encoded(NamedTuple):
     """Tokens cut off at the end because the record was too long."""
     digest: int = 0
     """64 bits of the whole record's ids, by which equal records are found."""
+    where: str = ""
+    """The record's place, for messages."""
 
     @property
     def trained_tokens(self) -> int:
         """Tokens that are predicted and counted in the loss."""
         return sum(self.trained[1:])
+
+
+class _Text(NamedTuple):
+    """What a record becomes before it is tokenised."""
+
+    where: str
+    text: str
+    spans: list[Span]
+    """What is trained on, where prompts are masked."""
+    plain: bool
+    """It stands for itself, with BOS and EOS; what a chat template wrote has its own."""
 
 
 class Encoder:
@@ -99,22 +118,48 @@ class Encoder:
             DataError: The chat template cannot express the record, or an id is not the model's.
             ConfigError: Prompts are to be masked and the record has none.
         """
-        try:
-            ids, trained = self._encode(record)
-        except DataError as error:
-            raise DataError(f"{record.where}: {error}") from None
-        self._check_ids(ids, record.where)
-        cut = self.max_seq_length
-        return Encoded(ids[:cut], trained[:cut], max(0, len(ids) - cut), _digest(ids))
+        return next(self.encode_all([record]))
 
-    def windows(self, text: str, where: Path) -> Iterator[Encoded]:
-        """A long text as one stream of tokens, cut into windows of `max_seq_length`.
-
-        The stream is tokenised in one piece, so that no cut changes a token. A last window too
-        short to predict anything comes with no ids, its token counted as dropped.
+    def encode_all(
+        self, records: Iterable[Record], problems: Tally | None = None
+    ) -> Iterator[Encoded]:
+        """Tokenise records, some at a time, which takes all cores.
 
         Args:
-            text: The text.
+            records: The records; at most `_BATCH_CHARS` characters and one record are held.
+            problems: Takes the records that cannot be encoded; None ends with an error.
+
+        Yields:
+            What `encode` returns for each.
+
+        Raises:
+            DataError: As `encode`, of the first record that is wrong.
+            ConfigError: As `encode`.
+        """
+        batch: list[_Text] = []
+        chars = 0
+        for record in records:
+            try:
+                batch.append(self._text(record))
+            except DataError as error:
+                if problems is None:
+                    raise
+                problems.add(str(error), TEMPLATE)
+                continue
+            chars += len(batch[-1].text)
+            if len(batch) == _BATCH_RECORDS or chars > _BATCH_CHARS:
+                yield from self._encoded(batch)
+                batch, chars = [], 0
+        yield from self._encoded(batch)
+
+    def windows(self, pieces: Iterable[str], where: Path) -> Iterator[Encoded]:
+        """A long text as one stream of tokens, cut into windows of `max_seq_length`.
+
+        The tokens are those of the text in one piece, so that no cut changes one. A last window
+        too short to predict anything comes with no ids, its token counted as dropped.
+
+        Args:
+            pieces: The text, in order.
             where: Its file, for messages.
 
         Yields:
@@ -126,54 +171,76 @@ class Encoder:
         """
         if self.mask_prompt:
             raise _nothing_to_mask(str(where))
-        ids, _ = self.tokenizer.encode_document(text)
-        self._check_ids(ids, str(where))
-        for start in range(0, len(ids), self.max_seq_length):
-            window = ids[start : start + self.max_seq_length]
-            if len(window) < 2:
-                yield Encoded([], [], len(window))
-            else:
-                yield Encoded(window, [1] * len(window), 0, _digest(window))
+        waiting: list[int] = []
+        for ids in stream_ids(self.tokenizer, pieces):
+            self._check_ids(ids, str(where))
+            waiting += ids
+            whole = len(waiting) - len(waiting) % self.max_seq_length
+            for start in range(0, whole, self.max_seq_length):
+                yield _window(waiting[start : start + self.max_seq_length])
+            del waiting[:whole]
+        if len(waiting) == 1:
+            yield Encoded([], [], 1)
+        elif waiting:
+            yield _window(waiting)
 
-    def _encode(self, record: Record) -> tuple[list[int], list[int]]:
-        match record:
-            case TextRecord():
-                if self.mask_prompt:
-                    raise _nothing_to_mask(record.where)
-                return self._plain("", record.text)
-            case ChatRecord():
-                return self._chat(record.messages, record.tools, record.variables)
-            case PromptRecord():
-                if self.tokenizer.template is None:
-                    return self._plain(record.prompt, record.completion)
-                return self._chat(_exchange(record.prompt, record.completion))
-            case InstructionRecord():
-                if self.tokenizer.template is None:
-                    return self._plain(_alpaca_prompt(record), record.output)
-                parts = (record.instruction, record.input)
-                prompt = "\n\n".join(part for part in parts if part.strip())
-                return self._chat(_exchange(prompt, record.output))
+    def _encoded(self, texts: Sequence[_Text]) -> Iterator[Encoded]:
+        """Texts that are waiting, those in a row that are of one sort at a time."""
+        masked = self.mask_prompt
+        for plain, group in groupby(texts, lambda text: text.plain):
+            some = list(group)
+            encoded = self.tokenizer.encode_batch([t.text for t in some], plain, masked)
+            for text, (ids, offsets) in zip(some, encoded, strict=True):
+                if plain:
+                    ids, offsets = self.tokenizer.without_second_bos(ids, offsets)
+                trained = _flags(offsets, text.spans) if masked else [1] * len(ids)
+                if plain:
+                    self._end(ids, trained)
+                self._check_ids(ids, text.where)
+                cut = self.max_seq_length
+                yield Encoded(
+                    ids[:cut], trained[:cut], max(0, len(ids) - cut), _digest(ids), text.where
+                )
 
-    def _plain(self, prompt: str, completion: str) -> tuple[list[int], list[int]]:
-        """One text, ended by EOS where the tokenizer has one."""
-        text = prompt + completion
-        ids, offsets = self.tokenizer.encode_document(text)
-        span = (len(prompt), len(text))
-        trained = _flags(offsets, [span]) if self.mask_prompt else [1] * len(ids)
+    def _text(self, record: Record) -> _Text:
+        try:
+            match record:
+                case TextRecord():
+                    if self.mask_prompt:
+                        raise _nothing_to_mask(record.where)
+                    return _plain(record.where, "", record.text)
+                case ChatRecord():
+                    chat = self._chat(record.messages, record.tools, record.variables)
+                case PromptRecord():
+                    if self.tokenizer.template is None:
+                        return _plain(record.where, record.prompt, record.completion)
+                    chat = self._chat(_exchange(record.prompt, record.completion))
+                case InstructionRecord():
+                    if self.tokenizer.template is None:
+                        return _plain(record.where, _alpaca_prompt(record), record.output)
+                    parts = (record.instruction, record.input)
+                    prompt = "\n\n".join(part for part in parts if part.strip())
+                    chat = self._chat(_exchange(prompt, record.output))
+        except DataError as error:
+            raise DataError(f"{record.where}: {error}") from None
+        return _Text(record.where, *chat, plain=False)
+
+    def _end(self, ids: list[int], trained: list[int]) -> None:
+        """EOS behind a text, where the tokenizer has one; it is always trained on."""
         eos = self.tokenizer.eos_id
         if eos is not None:
             if not ids or ids[-1] != eos:
                 ids.append(eos)
                 trained.append(1)
             trained[-1] = 1
-        return ids, trained
 
     def _chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: list[dict[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
-    ) -> tuple[list[int], list[int]]:
+    ) -> tuple[str, list[Span]]:
+        """A conversation as text, and where in it the assistant speaks if that is asked for."""
         template = self.tokenizer.template
         if template is None:
             raise DataError(
@@ -185,14 +252,9 @@ class Encoder:
         conversation = Conversation(template, messages, tools, variables)
         try:
             full = conversation.render()
-            if not self.mask_prompt:
-                ids = self.tokenizer.encode(full, add_special_tokens=False)
-                return ids, [1] * len(ids)
-            spans = assistant_spans(conversation, full)
+            return full, assistant_spans(conversation, full) if self.mask_prompt else []
         except TemplateRefusal as refusal:
             raise DataError(f"{refusal}. {refusal_remedy(conversation)}") from None
-        ids, offsets = self.tokenizer.encode_with_offsets(full, add_special_tokens=False)
-        return ids, _flags(offsets, spans)
 
     def _check_ids(self, ids: Sequence[int], where: str) -> None:
         largest = max(ids, default=0)
@@ -202,6 +264,15 @@ class Encoder:
                 f"{self.tokenizer.token(largest)!r} has id {largest}, and the model has "
                 f"{self.vocab_size} tokens. Point --tokenizer at the model's own directory."
             )
+
+
+def _plain(where: str, prompt: str, completion: str) -> _Text:
+    text = prompt + completion
+    return _Text(where, text, [(len(prompt), len(text))], plain=True)
+
+
+def _window(ids: list[int]) -> Encoded:
+    return Encoded(ids, [1] * len(ids), 0, _digest(ids))
 
 
 def _digest(ids: Sequence[int]) -> int:

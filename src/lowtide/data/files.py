@@ -1,23 +1,47 @@
 """From a path to raw rows: which file holds a split, and what its lines say.
 
-JSON Lines are read one line at a time, so a data set may be larger than memory. Everything that
-is wrong with a file is collected first and reported together.
+Records are read one at a time, so a data set may be larger than memory. Everything that is wrong
+with a file is collected first and reported together.
 """
 
 from __future__ import annotations
 
 import json
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from lowtide.data.json_list import iter_list
+from lowtide.data.text import BOM, refuse_utf16, unreadable
 from lowtide.errors import DataError, listed
 
 SUFFIXES = (".jsonl", ".json", ".txt")
 MAX_PROBLEMS = 10
-_BOM = b"\xef\xbb\xbf"
+LINE_BYTES = 1 << 24
 _EXPECTED = "Expected a .jsonl, .json or .txt file, or a directory with train.jsonl"
+
+
+class Tally:
+    """Takes what is wrong with a file without ending the reading: counts, and the first of each."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, list[str]] = {}
+
+    def __bool__(self) -> bool:
+        return False  # records after a bad one are given out too
+
+    def add(self, problem: str, kind: str) -> None:
+        """Note one problem; see `Problems.add`."""
+        self.counts[kind] += 1
+        shown = self.examples.setdefault(kind, [])
+        if len(shown) < MAX_PROBLEMS:
+            shown.append(problem)
+
+    def raise_if_any(self) -> None:
+        """Nothing is raised."""
 
 
 class Problems:
@@ -30,11 +54,12 @@ class Problems:
     def __bool__(self) -> bool:
         return bool(self._found)
 
-    def add(self, problem: str) -> None:
+    def add(self, problem: str, kind: str) -> None:
         """Note one problem.
 
         Args:
             problem: Where it is and what was found and expected.
+            kind: What problems of its sort are counted under.
 
         Raises:
             DataError: There are as many problems as fit in one report.
@@ -80,6 +105,9 @@ def resolve_split(data: Path, split: str) -> Path | None:
             raise DataError(f"cannot read {data}: unknown suffix {data.suffix!r}. {_EXPECTED}.")
         return data
     found = [path for suffix in SUFFIXES if (path := data / f"{split}{suffix}").is_file()]
+    folders = [path for suffix in SUFFIXES if (path := data / f"{split}{suffix}").is_dir()]
+    if folders and not found:
+        raise DataError(f"{folders[0]} is a directory. {_EXPECTED}.")
     if len(found) > 1:
         names = " and ".join(path.name for path in found)
         raise DataError(f"{data} holds both {names}. Keep one of them.")
@@ -106,7 +134,7 @@ def require_split(data: Path, splits: tuple[str, ...]) -> Path:
     try:
         names = sorted(path.name for path in data.iterdir())
     except OSError as error:
-        raise _unreadable(data, error) from None
+        raise unreadable(data, error) from None
     shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
     wanted = " or ".join(f"{split}.jsonl" for split in splits)
     raise DataError(
@@ -115,25 +143,7 @@ def require_split(data: Path, splits: tuple[str, ...]) -> Path:
     )
 
 
-def read_text(path: Path) -> str:
-    """A whole text file, a leading byte-order mark removed and line ends left as they are.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Its text.
-
-    Raises:
-        DataError: It is empty or not UTF-8.
-    """
-    text = _decode(_read(path).removeprefix(_BOM), path)
-    if not text.strip():
-        raise DataError(f"{path} is empty. Expected text to train on.")
-    return text
-
-
-def iter_rows(path: Path, problems: Problems) -> Iterator[tuple[str, Any]]:
+def iter_rows(path: Path, problems: Problems | Tally) -> Iterator[tuple[str, Any]]:
     """The JSON values of a .jsonl file, line by line, or of the list in a .json file.
 
     Args:
@@ -147,47 +157,46 @@ def iter_rows(path: Path, problems: Problems) -> Iterator[tuple[str, Any]]:
         DataError: The file cannot be read at all.
     """
     if path.suffix.lower() == ".json":
-        yield from _iter_json(path)
+        for number, row in enumerate(iter_list(path), start=1):
+            yield f"record {number}", row
         return
     try:
         with open(path, "rb") as file:
-            for number, raw in enumerate(file, start=1):
-                if number == 1:
-                    _refuse_utf16(raw, path)
-                    raw = raw.removeprefix(_BOM)
-                if not raw.strip():
+            for number, raw in enumerate(_lines(file), start=1):
+                if number == 1 and isinstance(raw, bytes):
+                    refuse_utf16(raw, path)
+                    raw = raw.removeprefix(BOM)
+                if isinstance(raw, bytes) and not raw.strip():
                     continue
                 where = f"line {number}"
                 value, problem = _parse(raw)
                 if problem is None:
                     yield where, value
                 else:
-                    problems.add(f"{where}: {problem}")
+                    problems.add(f"{where}: {problem}", "not JSON")
     except OSError as error:
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
 
 
-def _iter_json(path: Path) -> Iterator[tuple[str, Any]]:
-    text = _decode(_read(path).removeprefix(_BOM), path)
-    if not text.strip():
-        raise DataError(f"{path} is empty. Expected a JSON list of records.")
-    try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        if str(error).startswith("Extra data"):
-            raise DataError(
-                f"{path} holds more than one JSON value, as JSON Lines do. Rename it to "
-                f"{path.with_suffix('.jsonl').name}."
-            ) from None
-        raise DataError(f"{path} is not valid JSON: {_json_reason(error)}.") from None
-    if not isinstance(rows, list):
-        raise DataError(f"{path} holds {kind_of(rows)}; expected a JSON list of records.")
-    for number, row in enumerate(rows, start=1):
-        yield f"record {number}", row
+def _lines(file: IO[bytes]) -> Iterator[bytes | int]:
+    """The lines of a file; of one that is too long, only how many bytes it has."""
+    while raw := file.readline(LINE_BYTES):
+        if len(raw) < LINE_BYTES or raw.endswith(b"\n"):
+            yield raw
+            continue
+        length = len(raw)
+        while not raw.endswith(b"\n") and (raw := file.readline(LINE_BYTES)):
+            length += len(raw)
+        yield length
 
 
-def _parse(raw: bytes) -> tuple[Any, str | None]:
+def _parse(raw: bytes | int) -> tuple[Any, str | None]:
     """One line's value, or what is wrong with the line."""
+    if isinstance(raw, int):
+        return None, (
+            f"it is {raw / 1e6:,.1f} MB long, and a record may have {LINE_BYTES / 1e6:.1f} MB. "
+            "Expected one JSON object on each line"
+        )
     try:
         text = raw.rstrip(b"\r\n").decode("utf-8")
     except UnicodeDecodeError as error:
@@ -195,48 +204,15 @@ def _parse(raw: bytes) -> tuple[Any, str | None]:
     try:
         return json.loads(text), None
     except (ValueError, RecursionError) as error:
-        return None, f"not valid JSON: {_json_reason(error)}"
+        problem = f"not valid JSON: {_json_reason(error)}"
+    if b"\0" in raw:
+        problem += "; it holds NUL bytes, as files do that were not written to their end"
+    elif not raw.endswith(b"\n"):
+        problem += "; the file ends within this line, so it may have been cut off"
+    return None, problem
 
 
 def _json_reason(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
-        place = f"column {error.colno}"
-        if error.lineno > 1:
-            place = f"line {error.lineno}, {place}"
-        return f"{error.msg} ({place})"
+        return f"{error.msg} (column {error.colno})"
     return "nested too deeply" if isinstance(error, RecursionError) else str(error)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise _unreadable(path, error) from None
-
-
-def _unreadable(path: Path, error: OSError) -> DataError:
-    return DataError(f"cannot read {path}: {error.strerror or error}.")
-
-
-def _decode(raw: bytes, path: Path) -> str:
-    _refuse_utf16(raw, path)
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"{path} is not UTF-8: byte 0x{raw[error.start]:02x} on line {line}. Save it as UTF-8."
-        ) from None
-
-
-def _refuse_utf16(raw: bytes, path: Path) -> None:
-    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise DataError(f"{path} is UTF-16. Save it as UTF-8.")
-
-
-def kind_of(value: Any) -> str:
-    """What a JSON value is, in words."""
-    if value is None:
-        return "null"
-    names = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
-    return names.get(type(value), "a number")

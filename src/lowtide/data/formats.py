@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowtide.data.files import Problems, iter_rows, kind_of
+from lowtide.data.files import Problems, Tally, iter_rows
+from lowtide.data.json_list import kind_of
+from lowtide.data.text import EmptyDataError
 from lowtide.data.tokenizer import unencodable
 from lowtide.errors import DataError, listed
 
+EMPTY, MIXED = "empty", "of another format"
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -70,7 +73,11 @@ Record = ChatRecord | PromptRecord | InstructionRecord | TextRecord
 
 
 class _BadRecordError(Exception):
-    """What is wrong with one record."""
+    """What is wrong with one record, and what such problems are counted under."""
+
+    def __init__(self, what: str, kind: str = "not as expected") -> None:
+        super().__init__(what)
+        self.kind = kind
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,9 @@ def _formats(names: FeatureNames) -> list[_Format]:
     ]
 
 
-def iter_records(path: Path, names: FeatureNames | None = None) -> Iterator[Record]:
+def iter_records(
+    path: Path, names: FeatureNames | None = None, problems: Problems | Tally | None = None
+) -> Iterator[Record]:
     """The records of a .jsonl or .json file, each checked.
 
     After the first bad record nothing more is yielded: the rest is only checked, so that the
@@ -121,6 +130,7 @@ def iter_records(path: Path, names: FeatureNames | None = None) -> Iterator[Reco
     Args:
         path: The file.
         names: The keys to look for.
+        problems: Takes what is wrong; None ends with an error where there is something.
 
     Yields:
         The records in order.
@@ -131,34 +141,36 @@ def iter_records(path: Path, names: FeatureNames | None = None) -> Iterator[Reco
     """
     formats = _formats(names or FeatureNames())
     chosen: _Format | None = None
-    problems = Problems(path)
+    problems = Problems(path) if problems is None else problems
     seen = False
     for place, row in iter_rows(path, problems):
         seen = True
         if not isinstance(row, dict):
-            problems.add(f"{place}: found {kind_of(row)}; expected an object with named parts")
+            found = kind_of(row)
+            problems.add(f"{place}: found {found}; expected an object with named parts", MIXED)
             continue
         if not row:
-            problems.add(f"{place}: the record is empty")
+            problems.add(f"{place}: the record is empty", EMPTY)
             continue
         chosen = chosen or _infer(row, formats, path, place)
         missing = [key for key in chosen.keys if key not in row]
         if missing:
             problems.add(
                 f"{place}: found the keys {_quoted(row)}; the first record is {chosen.name}, "
-                f"so expected {_quoted(chosen.keys)}"
+                f"so expected {_quoted(chosen.keys)}",
+                MIXED,
             )
             continue
         try:
             record = chosen.parse(row, f"{path}, {place}")
         except _BadRecordError as error:
-            problems.add(f"{place}: {error}")
+            problems.add(f"{place}: {error}", error.kind)
             continue
         if not problems:
             yield record
     problems.raise_if_any()
     if not seen:
-        raise DataError(f"{path} holds no records. Expected one JSON object on each line.")
+        raise EmptyDataError(f"{path} holds no records. Expected one JSON object on each line.")
 
 
 def _infer(row: Mapping[str, Any], formats: list[_Format], path: Path, place: str) -> _Format:
@@ -190,7 +202,7 @@ def _instruction(row: Mapping[str, Any], where: str) -> Record:
 def _filled(row: Mapping[str, Any], key: str) -> str:
     text = _string(row[key], repr(key))
     if not text.strip():
-        raise _BadRecordError(f"{key!r} is empty")
+        raise _BadRecordError(f"{key!r} is empty", EMPTY)
     return text
 
 
@@ -245,7 +257,7 @@ def _check_message(message: Mapping[str, Any], place: str) -> None:
         return
     text = _string(content, f"{place} ({role}): 'content'")
     if role in ("user", "assistant") and not text.strip() and not calls:
-        raise _BadRecordError(f"{place} ({role}): 'content' is empty")
+        raise _BadRecordError(f"{place} ({role}): 'content' is empty", EMPTY)
 
 
 def _check_order(roles: list[str]) -> None:

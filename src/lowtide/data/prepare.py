@@ -1,8 +1,8 @@
 """Prepare data for training in a child process, so that this one stays small.
 
 A tokenizer of 150,000 entries holds 60 to 75 MB, most of which an allocator never gives back. So
-the parent sends a request as JSON, the child (`lowtide.data.worker`) tokenises into mapped caches
-and answers with a report, and everything that it needed dies with it.
+the parent sends a request as JSON, the child (`lowtide.data.worker`) finds mapped caches in the
+`store` or tokenises into it, answers with a report, and everything that it needed dies with it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from secrets import token_hex
 from typing import Any, Literal
 
 from lowtide.data.formats import FeatureNames
+from lowtide.data.store import remove_unfinished
 from lowtide.errors import KINDS, LowtideError, LowtideWarning
 
 _STDERR_LINES = 8
@@ -31,8 +33,8 @@ class PrepareRequest:
     """A file, or a directory with {train,valid,test}.jsonl (.json, .txt)."""
     tokenizer: Path
     """A directory with tokenizer.json."""
-    out: Path
-    """The directory that takes the caches, `train.safetensors` and so on."""
+    cache: Path
+    """The directory of the token store."""
     max_seq_length: int
     vocab_size: int
     """The model's, to see that tokenizer and model match."""
@@ -46,6 +48,10 @@ class PrepareRequest:
     """Validation data from elsewhere; wins over the data directory's own valid split."""
     valid_records: int = 0
     """Where there is no validation data, hold out this many records or windows at the end."""
+    sampled: int = 0
+    """How many records `lowtide.data.sample` takes."""
+    builder: str = field(default_factory=lambda: token_hex(8))
+    """What the child calls its unfinished work, which the parent removes if the child cannot."""
 
     def to_json(self) -> str:
         """The request as the child reads it."""
@@ -56,7 +62,7 @@ class PrepareRequest:
         """Read back what `to_json` wrote."""
         values = json.loads(text)
         values["features"] = FeatureNames(**values["features"])
-        for name in ("data", "tokenizer", "out", "valid_data"):
+        for name in ("data", "tokenizer", "cache", "valid_data"):
             values[name] = None if values[name] is None else Path(values[name])
         return cls(**values)
 
@@ -80,6 +86,10 @@ class SplitReport:
     """Tokens cut off, or dropped with their record."""
     dropped_records: int
     """Records left out because no trained token was left in them."""
+    sha256: str = ""
+    """Checksum of the cache."""
+    from_store: bool = False
+    """Whether it had been tokenised before."""
 
     def summary(self) -> str:
         """One line for people."""
@@ -93,6 +103,8 @@ class SplitReport:
             text += f"; {self.dropped_records:,} dropped with nothing left to train on"
         if self.dropped_tokens:
             text += f"; {self.dropped_tokens:,} tokens not used"
+        if self.from_store:
+            text += "; tokenised before"
         return text
 
 
@@ -103,11 +115,13 @@ class PrepareReport:
     splits: Mapping[str, SplitReport]
     warnings: tuple[str, ...] = ()
     """What works, but may not be meant."""
+    child_peak_rss_bytes: int = 0
+    """The most memory that the child had, libraries included."""
 
     def to_json(self) -> str:
         """The report as the parent reads it."""
         splits = {name: asdict(split) for name, split in self.splits.items()}
-        return json.dumps({"splits": splits, "warnings": self.warnings}, default=str)
+        return json.dumps({**asdict(self), "splits": splits}, default=str)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PrepareReport:
@@ -117,16 +131,11 @@ class PrepareReport:
             known = {item.name: split[item.name] for item in fields(SplitReport)}
             known["path"], known["source"] = Path(split["path"]), Path(split["source"])
             splits[name] = SplitReport(**known)
-        return cls(splits, tuple(values.get("warnings", ())))
-
-
-def cache_path(out: Path, split: str) -> Path:
-    """Where the cache of a split lies."""
-    return out / f"{split}.safetensors"
+        return cls(splits, tuple(values["warnings"]), values["child_peak_rss_bytes"])
 
 
 def prepare(request: PrepareRequest) -> PrepareReport:
-    """Tokenise a data set into mapped caches, in a child process.
+    """Tokenise a data set into mapped caches, or find them made, in a child process.
 
     Args:
         request: What to prepare.
@@ -139,7 +148,11 @@ def prepare(request: PrepareRequest) -> PrepareReport:
             LowtideError itself, with the child's last words, where it died.
         KeyboardInterrupt: Ctrl-C; the child has ended and left nothing half written.
     """
-    report = PrepareReport.from_dict(ask_child("worker", request.to_json(), "splits"))
+    try:
+        answer = ask_child("worker", request.to_json(), "splits")
+    finally:
+        remove_unfinished(request.cache, request.builder)
+    report = PrepareReport.from_dict(answer)
     for text in report.warnings:
         warnings.warn(text, LowtideWarning, stacklevel=2)
     return report

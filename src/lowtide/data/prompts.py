@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lowtide.data.decoding import StreamDecoder
 from lowtide.data.prepare import ask_child
-from lowtide.data.tokenizer import StreamDecoder, Tokenizer
+from lowtide.data.tokenizer import Tokenizer
 from lowtide.errors import DataError
 
 

@@ -22,11 +22,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-MAX_TURNS = 200_000
-"""Loop turns and macro calls of one rendering; published templates take a few for each message."""
-MAX_LENGTH = 1 << 24
-"""Characters, or entries, of what one operator makes."""
-_MAX_BITS = 1 << 12
+from .template_cost import Ledger
 
 
 class Compiled:
@@ -40,57 +36,63 @@ class Compiled:
     """
 
     def __init__(self, source: str) -> None:
+        ledger = self._ledger = Ledger()
         environment = _Sandbox(
             trim_blocks=True,
             lstrip_blocks=True,
-            extensions=[jinja2.ext.loopcontrols, _GenerationBlock, _Budget],
+            extensions=[jinja2.ext.loopcontrols, _GenerationBlock, _Calls],
+            finalize=ledger.finalize,
         )
-        environment.filters["tojson"] = _tojson
+        environment.ledger = ledger
+        filters = {**environment.filters, "tojson": _tojson}
+        environment.filters.update((name, ledger.filter(name, f)) for name, f in filters.items())
+        del environment.globals["lipsum"]
         environment.globals.update(
             raise_exception=_raise_exception,
             strftime_now=_strftime_now,
             dict=_PlainDict(),
             namespace=_PlainNamespace,
         )
-        budget = environment.extensions[_Budget.identifier]
-        assert isinstance(budget, _Budget)
-        self._budget = budget
+        calls = environment.extensions[_Calls.identifier]
+        assert isinstance(calls, _Calls)
+        calls.ledger = ledger
         tree = environment.parse(source)
-        _Meter(budget).visit(tree)
+        _Meter(calls).visit(tree)
         self._template = environment.from_string(tree)
 
     def render(self, **variables: Any) -> str:
         """The text that the template makes of its variables."""
-        self._budget.left = MAX_TURNS
+        self._ledger.start()
         return self._template.render(**variables)
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    """Refuses operators whose result would not fit any conversation."""
+    """Asks the ledger before an operator or a method of a text does its work."""
 
-    intercepted_binops = frozenset({"+", "*", "**"})
+    ledger: Ledger
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        if operator == "+" and isinstance(left, str | list | tuple):
-            _check_length(len(left) + len(right) if hasattr(right, "__len__") else 0)
-        elif operator == "*":
-            for sequence, times in ((left, right), (right, left)):
-                if isinstance(sequence, str | list | tuple) and isinstance(times, int):
-                    _check_length(len(sequence) * times)
-            _check_bits(left, right, lambda a, b: a.bit_length() + b.bit_length())
-        elif operator == "**":
-            _check_bits(left, right, lambda a, b: a.bit_length() * abs(b))
+        self.ledger.operator(operator, left, right)
         return super().call_binop(context, operator, left, right)
 
+    def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
+        owner = getattr(function, "__self__", None)
+        if isinstance(owner, str):
+            arguments = (*args, *kwargs.values())
+            self.ledger.method(owner, function.__name__, arguments)
+        return super().call(context, function, *args, **kwargs)
 
-def _check_length(length: int) -> None:
-    if length > MAX_LENGTH:
-        raise SecurityError(f"it makes a text or list of {length:,} entries")
+    def wrap_str_format(self, value: Any) -> Any:
+        wrapped, text = super().wrap_str_format(value), getattr(value, "__self__", None)
+        if wrapped is None or not isinstance(text, str):
+            return wrapped
 
+        def checked(*args: Any, **kwargs: Any) -> str:
+            self.ledger.formatted(text, (*args, *kwargs.values()))
+            return str(wrapped(*args, **kwargs))
 
-def _check_bits(left: Any, right: Any, bits: Any) -> None:
-    if isinstance(left, int) and isinstance(right, int) and bits(left, right) > _MAX_BITS:
-        raise SecurityError("it makes a number of more than a thousand digits")
+        return checked
 
 
 class _GenerationBlock(jinja2.ext.Extension):
@@ -104,60 +106,53 @@ class _GenerationBlock(jinja2.ext.Extension):
         return nodes.Scope(body, lineno=line)
 
 
-class _Budget(jinja2.ext.Extension):
-    """Counts what `_Meter` makes a template report."""
+class _Calls(jinja2.ext.Extension):
+    """What `_Meter` makes a template call."""
 
-    left = MAX_TURNS
+    ledger: Ledger
 
-    def spend(self) -> bool:
+    def spend(self, written: int) -> bool:
         """Count one turn of a loop or one call of a macro."""
-        self.left -= 1
-        if self.left < 0:
-            raise SecurityError(
-                f"it does not come to an end: more than {MAX_TURNS:,} turns of its loops"
-            )
-        return True
+        return self.ledger.spend(written)
 
     def concat(self, *parts: Any) -> str:
         """The operator `~`."""
-        texts = [str(part) for part in parts]
-        _check_length(sum(map(len, texts)))
-        return "".join(texts)
+        return self.ledger.concat(*parts)
 
 
 class _Meter(NodeTransformer):
     """Puts a call of `spend` at the start of every loop and macro body, and checks every `~`."""
 
-    def __init__(self, budget: _Budget) -> None:
-        self._budget = budget
+    def __init__(self, calls: _Calls) -> None:
+        self._calls = calls
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
-        self.generic_visit(node)
-        node.body.insert(0, self._spend(node))
+        self._metered(node)
         if node.test is not None:
             # A loop that picks its entries turns for those that it leaves out as well.
-            node.test = nodes.And(self._call("spend", [], node), node.test, lineno=node.lineno)
+            turn = self._call("spend", [nodes.Const(0)], node)
+            node.test = nodes.And(turn, node.test, lineno=node.lineno)
         return node
 
     def visit_Macro(self, node: nodes.Macro) -> nodes.Node:
-        self.generic_visit(node)
-        node.body.insert(0, self._spend(node))
-        return node
+        return self._metered(node)
 
     def visit_CallBlock(self, node: nodes.CallBlock) -> nodes.Node:
-        self.generic_visit(node)
-        node.body.insert(0, self._spend(node))
-        return node
+        return self._metered(node)
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
         return self._call("concat", node.nodes, node)
 
-    def _spend(self, node: nodes.Node) -> nodes.Node:
-        return nodes.ExprStmt(self._call("spend", [], node), lineno=node.lineno)
+    def _metered(self, node: Any) -> nodes.Node:
+        written = sum(len(text.data) for text in node.find_all(nodes.TemplateData))
+        self.generic_visit(node)
+        call = self._call("spend", [nodes.Const(written)], node)
+        node.body.insert(0, nodes.ExprStmt(call, lineno=node.lineno))
+        return node  # type: ignore[no-any-return]
 
     def _call(self, name: str, args: list[nodes.Expr], node: nodes.Node) -> nodes.Call:
-        return self._budget.call_method(name, args, lineno=node.lineno)
+        return self._calls.call_method(name, args, lineno=node.lineno)
 
 
 class _PlainDict:

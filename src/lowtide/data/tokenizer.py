@@ -7,7 +7,7 @@ training never loads one (see `lowtide.data.prepare`) and `tokenizers` is import
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,14 +18,14 @@ from lowtide.data.tokenizer_files import (
     read_backend,
     read_settings,
     read_templates,
+    readable_failures,
 )
 from lowtide.data.turns import template_traits
-from lowtide.errors import ConfigError, DataError
+from lowtide.errors import ConfigError, DataError, ModelError
 
 if TYPE_CHECKING:
     import tokenizers
 
-_REPLACEMENT = "\ufffd"
 _LEAST_SHARE, _PADDING = 0.95, 512  # models are padded by less: to a multiple of 64 to 512 rows
 
 
@@ -65,8 +65,16 @@ class Tokenizer:
         """
         directory = Path(directory)
         backend = read_backend(directory)
-        settings = read_settings(directory, backend)
-        return cls(backend, settings, _find_template(directory, chat_template, settings))
+        try:
+            settings = read_settings(directory, backend)
+        except UnicodeEncodeError:
+            raise ModelError(
+                f"the tokenizer's files in {directory} name a token that holds half of a "
+                "surrogate pair. Fetch them again."
+            ) from None
+        tokenizer = cls(backend, settings, _find_template(directory, chat_template, settings))
+        tokenizer.decode(tokenizer.encode("a b."))  # a broken one fails now, not at some record
+        return tokenizer
 
     @property
     def bos_id(self) -> int | None:
@@ -164,6 +172,31 @@ class Tokenizer:
         encoding = self._encode(text, add_special_tokens)
         return list(encoding.ids), list(encoding.offsets)
 
+    def encode_batch(
+        self, texts: Sequence[str], add_special_tokens: bool, offsets: bool
+    ) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """Several texts at once, on all cores: faster than one by one, with the same ids.
+
+        Args:
+            texts: Any that can be written as UTF-8.
+            add_special_tokens: Add what the tokenizer puts around a text, such as BOS.
+            offsets: Whether the spans are asked for, which costs half as much again.
+
+        Returns:
+            For each text as `encode_with_offsets`, with no spans where none were asked for.
+
+        Raises:
+            DataError: A text holds half of a surrogate pair.
+        """
+        run = self._backend.encode_batch if offsets else self._backend.encode_batch_fast
+        try:
+            encodings = run(list(texts), add_special_tokens=add_special_tokens)
+        except (TypeError, UnicodeEncodeError):
+            return [self.encode_with_offsets(text, add_special_tokens) for text in texts]
+        if not offsets:
+            return [(list(one.ids), []) for one in encodings]
+        return [(list(one.ids), list(one.offsets)) for one in encodings]
+
     def encode_document(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """A text that stands for itself, with BOS where the tokenizer adds it, but not twice.
 
@@ -177,13 +210,20 @@ class Tokenizer:
             DataError: The text holds half of a surrogate pair.
         """
         ids, offsets = self.encode_with_offsets(text)
+        return self.without_second_bos(ids, offsets)
+
+    def without_second_bos(
+        self, ids: list[int], offsets: list[tuple[int, int]]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """The tokens of a text that wrote out the BOS that the tokenizer adds, with one of them."""
         if self.bos_id is not None and ids[:2] == [self.bos_id] * 2:
             return ids[1:], offsets[1:]
         return ids, offsets
 
     def _encode(self, text: str, add_special_tokens: bool) -> tokenizers.Encoding:
         try:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens)
+            with readable_failures("read a text"):
+                return self._backend.encode(text, add_special_tokens=add_special_tokens)
         except (TypeError, UnicodeEncodeError):
             problem = unencodable(text)
             if problem is None:
@@ -192,8 +232,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of some ids."""
-        text = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
-        return str(text)
+        with readable_failures("write a text"):
+            return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     def token(self, token_id: int) -> str | None:
         """The vocabulary's own spelling of one id; None for an id that it does not hold."""
@@ -228,58 +268,6 @@ class Tokenizer:
         return self.template.render(messages, add_generation_prompt, tools)
 
 
-class StreamDecoder:
-    """Text of a growing list of ids, piece by piece, each piece final.
-
-    Joining every `push` and the `finish` gives `decode(all ids)` exactly. A token's text depends
-    on its neighbours in three ways, and each decides what must wait:
-
-    - A character may be spread over tokens: a trailing U+FFFD is held back until it is whole.
-    - A run of byte tokens (`<0xF0>`) is judged as one, so it waits for the token that ends it.
-    - The first token of a text may lose its leading space, so a window of ids is decoded together
-      with the window before it, never alone.
-
-    Args:
-        tokenizer: The tokenizer that decodes.
-        skip_special_tokens: Leave special tokens out of the text.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
-        self._tokenizer = tokenizer
-        self._skip = skip_special_tokens
-        self._context: list[int] = []
-        self._context_length = 0
-        self._pending: list[int] = []
-        self._emitted = 0
-
-    def push(self, token_id: int) -> str:
-        """Add one id; returns the text that has become final, which is often empty."""
-        token = self._tokenizer.token(token_id)
-        if token is None or (self._skip and token_id in self._tokenizer.special_ids):
-            return ""  # no text, and no end to a run of byte tokens either
-        self._pending.append(token_id)
-        if _is_byte_token(token):
-            return ""
-        return self._emit(final=False)
-
-    def finish(self) -> str:
-        """The rest of the text, as it stands: nothing more will come."""
-        return self._emit(final=True)
-
-    def _emit(self, final: bool) -> str:
-        text = self._decode(self._context + self._pending)[self._context_length :]
-        ready = text if final else text.rstrip(_REPLACEMENT)
-        piece = ready[self._emitted :]
-        self._emitted = len(ready)
-        if text and ready == text:
-            self._context, self._pending, self._emitted = self._pending, [], 0
-            self._context_length = len(self._decode(self._context))
-        return piece
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, self._skip)
-
-
 def unencodable(text: str) -> str | None:
     """What keeps a text from being written as UTF-8, or None where nothing does."""
     try:
@@ -288,22 +276,6 @@ def unencodable(text: str) -> str | None:
         half = text[error.start].encode("unicode_escape").decode("ascii")
         return f"character {error.start + 1} is {half}, half of a surrogate pair"
     return None
-
-
-def decode_stream(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterable[str]:
-    """The non-empty pieces of a stream of ids, in order."""
-    decoder = StreamDecoder(tokenizer)
-    for token_id in ids:
-        if piece := decoder.push(token_id):
-            yield piece
-    if piece := decoder.finish():
-        yield piece
-
-
-def _is_byte_token(token: str) -> bool:
-    if len(token) != 6 or not (token.startswith("<0x") and token[5] == ">"):
-        return False
-    return all(digit in "0123456789abcdefABCDEF" for digit in token[3:5])
 
 
 def _find_template(

@@ -9,7 +9,8 @@ one. Ids that end generation are gathered from all of them.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +62,29 @@ def read_backend(directory: Path) -> tokenizers.Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     return backend
+
+
+@contextmanager
+def readable_failures(what: str) -> Iterator[None]:
+    """Turn what the tokenizers library raises into an error with a remedy.
+
+    It raises plain `Exception`, and where it panics a class of pyo3's that is no `Exception`.
+
+    Args:
+        what: What it was asked to do, for the message.
+
+    Raises:
+        ModelError: It failed.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        raise ModelError(
+            f"the tokenizer cannot {what}: {error}. Fetch tokenizer.json again, or point "
+            "--tokenizer at a directory with a good one."
+        ) from None
 
 
 def _no_tokenizer(directory: Path) -> str:
@@ -158,7 +182,7 @@ def read_templates(directory: Path) -> dict[str, str]:
         return {"default": value}
     if isinstance(value, list):
         found = {
-            entry["name"]: str(entry["template"])
+            str(entry["name"]): str(entry["template"])
             for entry in value
             if isinstance(entry, dict) and {"name", "template"} <= entry.keys()
         }

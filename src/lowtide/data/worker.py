@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import resource
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from lowtide.data.cache import CacheWriter
+from lowtide.data.cache import CacheWriter, TokenDataset
 from lowtide.data.encode import Encoded, Encoder
-from lowtide.data.files import read_text, require_split, resolve_split
-from lowtide.data.formats import FeatureNames, iter_records
-from lowtide.data.prepare import PrepareReport, PrepareRequest, SplitReport, cache_path
+from lowtide.data.files import require_split, resolve_split
+from lowtide.data.formats import iter_records
+from lowtide.data.keys import source_parts, status_of, tokenizer_parts
+from lowtide.data.overlap import overlap_warning
+from lowtide.data.prepare import PrepareReport, PrepareRequest, SplitReport
+from lowtide.data.store import TokenStore, key_of
+from lowtide.data.text import EmptyDataError, iter_plain
 from lowtide.data.tokenizer import Tokenizer
 from lowtide.errors import ConfigError, DataError
 
+_MAIN, _HELD = "tokens.safetensors", "held.safetensors"
+
 
 def run(request: PrepareRequest) -> PrepareReport:
-    """Tokenise what a request asks for, in this process.
+    """Find what a request asks for in the token store, or tokenise it, in this process.
 
     Args:
         request: What to prepare.
 
     Returns:
-        The caches and what is in them. Either all of them are written, or none is.
+        The caches and what is in them.
 
     Raises:
         DataError: A file or record cannot be used, or nothing is left to train on.
@@ -32,29 +42,27 @@ def run(request: PrepareRequest) -> PrepareReport:
         OutputError: The caches cannot be written.
     """
     sources = _sources(request)
-    tokenizer = Tokenizer.load(request.tokenizer, request.chat_template)
-    encoder = Encoder(tokenizer, request.max_seq_length, request.vocab_size, request.mask_prompt)
     hold_out = request.valid_records if set(sources) == {"train"} else 0
-    with ExitStack() as stack:
-        names = [*sources, "valid"] if hold_out else list(sources)
-        splits = {
-            name: _Split(cache_path(request.out, name), sources.get(name, sources[names[0]]))
-            for name in names
-        }
-        for split in splits.values():
-            stack.enter_context(split.writer)
-        for name, source in sources.items():
-            held = _fill(splits[name], _encoded(encoder, source, request.features), hold_out)
-            splits[name].check(encoder, hold_out)
-            for sequence in held:
-                splits["valid"].add(sequence)
-        for split in splits.values():
-            split.writer.commit()
-    mismatch = tokenizer.mismatch(request.vocab_size)
-    return PrepareReport(
-        {name: split.report() for name, split in splits.items()},
-        () if mismatch is None else (mismatch,),
-    )
+    preparation = _Preparation(request)
+    splits: dict[str, SplitReport] = {}
+    warnings: list[str] = []
+    for name in sorted(sources, reverse=True):  # validation data is smaller, and may be wrong
+        try:
+            caches, said = preparation.entry(sources[name], hold_out)
+        except EmptyDataError as empty:
+            if name != "valid":
+                raise
+            warnings.append(f"training goes on without validation: {empty}")
+            continue
+        splits[name] = caches[_MAIN]
+        if _HELD in caches:
+            splits["valid"] = caches[_HELD]
+        warnings += [text for text in said if text not in warnings]
+    if "valid" in splits and "train" in splits:
+        datasets = (TokenDataset.open(splits[name].path) for name in ("train", "valid"))
+        warnings += overlap_warning(*datasets)
+    names = [name for name in ("train", "valid", "eval") if name in splits]
+    return PrepareReport({name: splits[name] for name in names}, tuple(warnings), _peak_bytes())
 
 
 def _sources(request: PrepareRequest) -> dict[str, Path]:
@@ -71,10 +79,93 @@ def _sources(request: PrepareRequest) -> dict[str, Path]:
     return sources
 
 
-def _encoded(encoder: Encoder, source: Path, features: FeatureNames) -> Iterator[Encoded]:
-    if source.suffix.lower() == ".txt":
-        return encoder.windows(read_text(source), source)
-    return (encoder.encode(record) for record in iter_records(source, features))
+class _Preparation:
+    """A request, with what its splits share."""
+
+    def __init__(self, request: PrepareRequest) -> None:
+        self._request = request
+        self._store = TokenStore(request.cache, request.builder)
+        if request.max_seq_length < 2:
+            raise ConfigError(
+                f"max_seq_length is {request.max_seq_length}; expected at least 2, since each "
+                "token is predicted from those before it."
+            )
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return Tokenizer.load(self._request.tokenizer, self._request.chat_template)
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        asked = self._request
+        return Encoder(self._tokenizer, asked.max_seq_length, asked.vocab_size, asked.mask_prompt)
+
+    @cached_property
+    def _shared_parts(self) -> dict[str, Any]:
+        asked = self._request
+        return {
+            **tokenizer_parts(asked.tokenizer, asked.chat_template),
+            "max_seq_length": asked.max_seq_length,
+            "vocab_size": asked.vocab_size,
+            "mask_prompt": asked.mask_prompt,
+            "features": asdict(asked.features),
+        }
+
+    def entry(self, source: Path, hold_out: int) -> tuple[dict[str, SplitReport], list[str]]:
+        """The caches of a file, made where the store has none, and what was warned of."""
+        status = status_of(source)
+        parts = {**source_parts(source), **self._shared_parts, "hold_out": hold_out}
+        key = key_of(parts)
+        found, before = self._store.find(key), True
+        if found is None:
+            with self._store.locked(key):
+                found = self._store.find(key)  # another process may have been at it
+                if found is None:
+                    self._build(key, source, hold_out, status)
+                    found, before = self._store.find(key), False
+        if found is None:
+            raise DataError(
+                f"{self._store.path(key)} was altered while it was written. See that nothing else "
+                "writes there, or choose another directory with --cache-dir."
+            )
+        reports = {
+            name: SplitReport(
+                **about,
+                path=self._store.path(key) / name,
+                source=source,
+                sha256=found["files"][name],
+                from_store=before,
+            )
+            for name, about in found["caches"].items()
+        }
+        return reports, found["warnings"]
+
+    def _build(self, key: str, source: Path, hold_out: int, status: tuple[int, int]) -> None:
+        names = [_MAIN, _HELD] if hold_out else [_MAIN]
+        with self._store.building(key) as directory, ExitStack() as stack:
+            splits = [_Split(directory / name, source) for name in names]
+            for split in splits:
+                stack.enter_context(split.writer)
+            held = _fill(splits[0], self._encoded(source), hold_out)
+            splits[0].check(self._encoder, hold_out)
+            for sequence in held:
+                splits[-1].add(sequence)
+            for split in splits:
+                split.writer.commit()
+            if status_of(source) != status:
+                raise DataError(f"{source} was changed while it was read. Try again.")
+            mismatch = self._tokenizer.mismatch(self._request.vocab_size)
+            about = {
+                "caches": {one.path.name: one.about() for one in splits},
+                "warnings": [] if mismatch is None else [mismatch],
+            }
+            self._store.put(key, directory, names, about)
+
+    def _encoded(self, source: Path) -> Iterator[Encoded]:
+        encoder = self._encoder
+        if source.suffix.lower() == ".txt":
+            return encoder.windows(iter_plain(source), source)
+        return encoder.encode_all(iter_records(source, self._request.features))
 
 
 def _fill(split: _Split, sequences: Iterator[Encoded], hold_out: int) -> deque[Encoded]:
@@ -122,25 +213,33 @@ class _Split:
                 f"{self.source} has too few records to hold out {hold_out} for validation and "
                 "train on the rest. Lower valid_records, or add data."
             )
-        raise DataError(
+        raise EmptyDataError(
             f"{self.source} leaves nothing to train on: in all {self.dropped_records} records, "
             f"no token that is a label comes within the first {encoder.max_seq_length}. Raise "
             "--max-seq-length"
             + (", or train without --mask-prompt." if encoder.mask_prompt else ".")
         )
 
-    def report(self) -> SplitReport:
-        return SplitReport(
-            path=self.path,
-            source=self.source,
-            records=self.records,
-            tokens=self.tokens,
-            trained_tokens=self.trained_tokens,
-            longest=self.longest,
-            truncated_records=self.truncated_records,
-            dropped_tokens=self.dropped_tokens,
-            dropped_records=self.dropped_records,
-        )
+    def about(self) -> dict[str, int]:
+        """The counts, as SplitReport names them."""
+        return {
+            "records": self.records,
+            "tokens": self.tokens,
+            "trained_tokens": self.trained_tokens,
+            "longest": self.longest,
+            "truncated_records": self.truncated_records,
+            "dropped_tokens": self.dropped_tokens,
+            "dropped_records": self.dropped_records,
+        }
+
+
+def _peak_bytes() -> int:
+    """The most memory that this process had; getrusage would count its parent's before the exec."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
 
 
 def answer(request: str) -> str:

@@ -148,7 +148,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
         )
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise AdapterError(f"{path} is not valid JSON ({error}).") from error
     if not isinstance(raw, dict):
         raise AdapterError(f"{path} holds {type(raw).__name__}, not an object.")

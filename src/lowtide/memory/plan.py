@@ -20,7 +20,13 @@ from lowtide.model.kept import kept_elements
 from lowtide.model.spec import ModelSpec
 from lowtide.model.workspace import Workspace, mlp_tile_width, score_capacity
 from lowtide.ops.attention import allocated_elements, self_segments
-from lowtide.ops.products import KERNEL_BYTES, kernels, products_as, scratch_bytes
+from lowtide.ops.products import (
+    KERNEL_BYTES,
+    goes_to_onednn,
+    kernels,
+    products_as,
+    scratch_bytes,
+)
 from lowtide.train.optim import OPTIMIZERS, Held
 from lowtide.train.states import master_bytes
 from lowtide.weights.storages import STORAGES
@@ -34,7 +40,7 @@ KINDS = (
 _ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 PLANNED = ("mesp", "lcsb", "mezo")
 """Methods whose memory is planned; the others' is autograd's to decide."""
-_LIBRARIES = 3_000_000
+_LIBRARIES = 4_000_000
 _SPARE_BYTES, _SPARE_SHARE = 3_000_000, 0.04
 
 
@@ -163,13 +169,15 @@ def accumulated_bytes(work: Workload) -> int:
 
 
 def _row_count(work: Workload, options: MethodOptions) -> int:
-    """Hidden-sized rows of `methods.structured.places`."""
+    """Hidden-sized rows that a step touches of those that `methods.structured.places` takes."""
     if work.method == "mezo":
         return 2
     if work.method == "lcsb":
         up = options.lcsb_blocks or max(1, work.spec.num_layers // 2)
         return min(up, len(work.config.layers(work.spec))) + 2
-    return len(kept_inputs(work.config.trained_layers(work.spec))) + 2
+    kept = len(kept_inputs(work.config.trained_layers(work.spec)))
+    # The second of the rows that nobody needs later is for two such inputs one after the other.
+    return kept + (1 if kept and kept == work.spec.num_layers - 1 else 2)
 
 
 def _workspace_bytes(work: Workload, options: MethodOptions) -> int:
@@ -214,7 +222,8 @@ def _unpacking_bytes(work: Workload, options: MethodOptions) -> int:
     spec, storage, size = work.spec, STORAGES[work.storage], work.dtype.itemsize
     hidden, inner = spec.hidden_size, spec.intermediate_size
     width = mlp_tile_width(spec, work.tokens, options.tiles)
-    rows = storage.scratch_bytes(2 * width, (0, hidden), hidden, size)
+    most = width if goes_to_onednn() else 2 * width  # of `Workspace.linear_tile`
+    rows = storage.scratch_bytes(most, (0, hidden), hidden, size)
     return max(rows, storage.scratch_bytes(hidden, (0, width), inner, size))
 
 

@@ -19,6 +19,7 @@ from .words import GAP, bytes_in, count_in, event_words, rate_in, seconds_in, va
 _STYLE = Path(__file__).with_name("report.css")
 _SHOWN_SAMPLES, _SHOWN_PROMPTS, _SHOWN_TEXT = 12, 20, 2000
 _SHOWN_EVENTS, _SHOWN_ROWS = 60, 16
+_UNFOLDED = 6
 
 
 def report_html(run: Run) -> str:
@@ -254,7 +255,7 @@ def _samples(samples: Sequence[SampleRead]) -> list[Block]:
             "".join(map(_sample, part)) for part in (shown[:1], shown[1:-2], shown[1:][-2:])
         )
         folded = f"<details><summary>{len(shown) - 3} between</summary>{between}</details>"
-        rows = first + (folded if between else "") + last
+        rows = first + (folded if len(shown) > _UNFOLDED else between) + last
         title = escape(prompt[:_SHOWN_TEXT]) or "(from the beginning)"
         drawn.append(f'<article class="sample"><h3>{title}</h3>{rows}</article>')
     blocks: list[Block] = [Drawn("".join(drawn))]

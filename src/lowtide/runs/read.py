@@ -183,13 +183,13 @@ def _no_run(directory: Path) -> str:
 
 
 def _read_settings(run: Run) -> None:
-    import yaml
+    from lowtide.plain_yaml import load_plain_yaml
 
     try:
-        content = yaml.safe_load((run.directory / SETTINGS).read_text(encoding="utf-8"))
+        content = load_plain_yaml((run.directory / SETTINGS).read_text(encoding="utf-8"))
     except FileNotFoundError:
         run.problems.append(f"there is no {SETTINGS}")
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError):
+    except (OSError, ValueError):
         run.problems.append(f"{SETTINGS} cannot be read")
     else:
         if isinstance(content, dict):

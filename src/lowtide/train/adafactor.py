@@ -1,13 +1,15 @@
 """Adafactor: a second moment kept as its row and column means (arXiv 1804.04235).
 
-For a matrix of n rows and m columns, with `t` the update and `eps` the dtype's epsilon:
+For a matrix of n rows and m columns, with `t` the update:
 
-    row_i += t^-0.8 (mean_j g_ij^2 - row_i)         col_j += t^-0.8 (mean_i g_ij^2 - col_j)
-    v_ij = row_i col_j / max(mean row, eps)         u = g / sqrt(max(v, eps^2))
-    p -= alpha u / max(1, rms(u))                   after p *= 1 - lr wd
+    row_i += t^-0.8 (mean_j g_ij^2 + e0 - row_i)      col_j += t^-0.8 (mean_i g_ij^2 + e0 - col_j)
+    v_ij = row_i col_j / max(mean row, e1)            u = g / sqrt(max(v, e2))
+    p -= alpha u / max(1, rms(u))                     after p *= 1 - lr wd
 
-`alpha` is lr, or, relative, `max(1e-3, rms(p)) min(lr, 1 / sqrt(t))`. Of a vector v is kept whole.
-This is torch.optim's rule; what transformers calls adafactor is the one that is not relative.
+Two rules are in use under this name. transformers' `adafactor` takes `alpha = lr` and e0 = 1e-30,
+and no other limit. Relative, torch.optim's takes `alpha = max(1e-3, rms(p)) min(lr, 1 / sqrt(t))`,
+and of the dtype's epsilon e1 = eps, e2 = eps^2: gradients of LoRA are often so small that these
+decide (docs/log.md). Of a vector v is kept whole.
 
 A matrix of A or B keeps (n + m) numbers instead of n m, and its update needs nothing beside the
 gradient, which becomes u, but a few rows of v.
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +35,14 @@ _DECAY = -0.8
 _LEAST_SCALE = 1e-3
 
 
+class _Limits(NamedTuple):
+    """e0, e1 and e2 of the formulas."""
+
+    added: float
+    mean: float
+    square: float
+
+
 class Adafactor:
     """See the module's text."""
 
@@ -41,6 +51,10 @@ class Adafactor:
         self._relative = settings.adafactor_relative
         self._groups = Groups(settings, parameters)
         self._dtype = wide_dtype(parameters)
+        numbers = torch.finfo(self._dtype)
+        self._limits = _Limits(1e-30, numbers.tiny, numbers.tiny)  # tiny, so that 0 is no divisor
+        if self._relative:
+            self._limits = _Limits(0.0, numbers.eps, numbers.eps**2)
         # As if they were parameters: of a matrix a row of numbers, then a column.
         shape_only = {n: torch.empty(_kept(p.shape), device="meta") for n, p in parameters.items()}
         self._squares = zeros_for(shape_only, self._dtype)
@@ -73,21 +87,21 @@ class Adafactor:
 
     def _normalise_(self, squares: Tensor, update: Tensor) -> None:
         """Take the gradient into the second moment, and divide it by that one's root in place."""
-        weight, eps = self._step**_DECAY, torch.finfo(self._dtype).eps
+        weight, limits = self._step**_DECAY, self._limits
         if update.ndim == 1:
-            squares.lerp_(update.square(), weight)
-            update.mul_(squares.clamp(min=eps * eps).rsqrt_())
+            squares.lerp_(update.square().add_(limits.added), weight)
+            update.mul_(squares.clamp(min=limits.square).rsqrt_())
             return
         rows, columns = update.shape
         row, column = squares[:rows].unsqueeze(1), squares[rows:].unsqueeze(0)
-        row.lerp_(torch.linalg.vector_norm(update, dim=1, keepdim=True).square_() / columns, weight)
-        column.lerp_(torch.linalg.vector_norm(update, dim=0, keepdim=True).square_() / rows, weight)
-        least = max(float(row.mean()), eps)
+        row.lerp_(_mean_square(update, 1).add_(limits.added), weight)
+        column.lerp_(_mean_square(update, 0).add_(limits.added), weight)
+        mean = max(float(row.mean()), limits.mean)
         step = max(1, PIECE // columns)
         for start in range(0, rows, step):
             part = slice(start, min(start + step, rows))
-            square = (row[part] * column).div_(least)
-            update[part].mul_(square.clamp_(min=eps * eps).rsqrt_())
+            square = (row[part] / mean) * column
+            update[part].mul_(square.clamp_(min=limits.square).rsqrt_())
 
     def _pieces(self, name: str, parameter: Tensor) -> Iterator[tuple[Tensor, slice]]:
         """The parameter, flat, in the dtype of the computation: all of it, or piece by piece."""
@@ -111,6 +125,11 @@ class Adafactor:
         """See `Optimizer.held_bytes`; what is divided at a time counts as packing."""
         widest = max(shape[-1] for shape in held.shapes)
         return (sum(map(_kept, held.shapes)) + max(PIECE, widest)) * held.itemsize
+
+
+def _mean_square(x: Tensor, dim: int) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
+    return norm.square_().div_(x.shape[dim])
 
 
 def _kept(shape: Sequence[int]) -> int:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from pathlib import Path
 
 import torch
 
 import lowtide
-from lowtide.errors import DataError
 from lowtide.model.decoder import Decoder
+from lowtide.ops.products import onednn_is_faster
 
 _SAMPLES, _SAMPLE_BYTES = 256, 4096
 
@@ -43,31 +42,13 @@ def model_fingerprint(model: Decoder) -> str:
     return digest.hexdigest()
 
 
-def file_fingerprint(path: Path) -> str:
-    """SHA-256 of a whole file, such as a token cache.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Hexadecimal.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
-
-
 def arithmetic() -> dict[str, str]:
     """What rounding depends on beside the run's settings: where it changes, so do last digits."""
     return {
         "torch": torch.__version__,
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
+        "products": "oneDNN" if onednn_is_faster() else "torch",
     }
 
 

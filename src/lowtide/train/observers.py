@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lowtide.data.prepare import PrepareReport
 from lowtide.infer.evaluate import Evaluation
@@ -14,6 +14,9 @@ from lowtide.model.decoder import Decoder
 from .history import StepReport, TrainResult
 from .loop import Observer
 from .resume import Resumption
+
+if TYPE_CHECKING:
+    from .rehearsal import Rehearsal
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,9 @@ class RunObserver(Observer, Protocol):
     def on_start(self, iters: int, budget_bytes: int | None) -> None:
         """Training begins, and will make up to so many updates in all, within a budget or none."""
 
+    def on_rehearsal(self, rehearsal: Rehearsal) -> None:
+        """`--dry-run` is over."""
+
     def on_sample(self, sample: Sample) -> None:
         """A prompt was answered."""
 
@@ -93,6 +99,9 @@ class Quiet:
         """Nothing."""
 
     def on_resume(self, resumption: Resumption) -> None:
+        """Nothing."""
+
+    def on_rehearsal(self, rehearsal: Rehearsal) -> None:
         """Nothing."""
 
     def on_sample(self, sample: Sample) -> None:

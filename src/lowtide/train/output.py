@@ -6,7 +6,6 @@ import contextlib
 import errno
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -28,7 +27,7 @@ _RUN_FILES = (
     FOLDER,
     BEST_FOLDER,
 )
-_CACHES, HIDDEN = ".tokenized-", ".run-"
+HIDDEN = ".run-"
 _SPARE_BYTES = 1 << 20
 
 
@@ -99,16 +98,16 @@ def _existing(directory: Path) -> Path:
 
 
 @contextmanager
-def made_directory(directory: Path) -> Iterator[Path]:
-    """Make the output directory for the length of a run, lock it, and make room for token caches.
+def made_directory(directory: Path) -> Iterator[None]:
+    """Make the output directory for the length of a run, and lock it.
 
-    On leaving, the caches are removed, and so are the directories that were made and stayed empty.
+    On leaving, the directories that were made and stayed empty are removed.
 
     Args:
         directory: made with its parents where they do not exist.
 
     Yields:
-        The directory for the caches, which nothing else uses.
+        Nothing.
 
     Raises:
         OutputError: the directory cannot be made or written, or another run uses it.
@@ -120,11 +119,9 @@ def made_directory(directory: Path) -> Iterator[Path]:
                 directory.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(directory))
                 _sweep(directory)
-                caches = tempfile.mkdtemp(prefix=_CACHES, dir=directory)
             except OSError as error:
                 raise unwritable(directory, error) from error
-            stack.callback(shutil.rmtree, caches, ignore_errors=True)
-            yield Path(caches)
+            yield
     finally:
         with contextlib.suppress(OSError):  # the first that is not empty, or was not made
             for path in absent:
@@ -133,9 +130,8 @@ def made_directory(directory: Path) -> Iterator[Path]:
 
 def _sweep(directory: Path) -> None:
     """Remove what a run that was killed left behind; whoever holds the lock is the only one."""
-    for pattern in (f"{_CACHES}*", f"{HIDDEN}*"):
-        for path in directory.glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
+    for path in directory.glob(f"{HIDDEN}*"):
+        shutil.rmtree(path, ignore_errors=True)
     for name in _RUN_FILES:
         for path in (
             *directory.glob(f".{name}.*.tmp"),

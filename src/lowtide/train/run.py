@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from lowtide.caches import cache_root
 from lowtide.config import build
 from lowtide.data.cache import TokenDataset
 from lowtide.data.formats import FeatureNames
@@ -19,7 +21,7 @@ from lowtide.model.decoder import Decoder, load_model
 from lowtide.model.threads import set_threads
 
 from .budget import within_budget
-from .fingerprint import file_fingerprint, model_fingerprint
+from .fingerprint import model_fingerprint
 from .groups import Groups
 from .history import TrainResult
 from .looking import check_manners, check_samples
@@ -29,6 +31,7 @@ from .optim import OPTIMIZERS
 from .order import batches_in_pass, check_batches, largest_batch
 from .output import check_output, check_space, made_directory
 from .recipe import check_recipe
+from .rehearsal import has_validation, rehearse
 from .resume import check_same, find, settle, warn_of_arithmetic
 from .run_dir import Identity, RunDir
 from .schedule import Schedule, updates_of
@@ -66,16 +69,18 @@ def train(
     check_supported(settings)
     directory = Path(settings.adapter_path).expanduser()
     check_output(directory, settings.overwrite or settings.resume)
+    if settings.dry_run:
+        return _rehearse(directory, settings, observer)
     if settings.nice is not None:
         lower_priority(settings.nice)
     stop = Stop(observer.on_stopping)
-    with stop.listening(), made_directory(directory) as caches:
+    with stop.listening(), made_directory(directory):
         check_output(directory, settings.overwrite or settings.resume)  # nobody else writes now
-        return _train_in(directory, caches, settings, observer, stop)
+        return _train_in(directory, settings, observer, stop)
 
 
 def _train_in(
-    directory: Path, caches: Path, settings: TrainSettings, observer: RunObserver, stop: Stop
+    directory: Path, settings: TrainSettings, observer: RunObserver, stop: Stop
 ) -> TrainResult:
     resumed = find(directory, settings) if settings.resume else None
     model = open_model(settings)
@@ -90,13 +95,13 @@ def _train_in(
         check_same(resumed, settings, fingerprints)
         observer.on_resume(resumed)
     observer.on_model(model, adapter)
-    report = prepare(_request(settings, model, caches))
+    report = prepare(_request(settings, model))
     observer.on_data(report)
     train_set = TokenDataset.open(report.splits["train"].path)
     valid = report.splits.get("valid")
     valid_set = None if valid is None else TokenDataset.open(valid.path)
-    fingerprints["train"] = file_fingerprint(train_set.path)
-    fingerprints["valid"] = None if valid_set is None else file_fingerprint(valid_set.path)
+    fingerprints["train"] = report.splits["train"].sha256
+    fingerprints["valid"] = None if valid is None else valid.sha256
     iters = updates_of(settings, batches_in_pass(settings, train_set))
     check_stopping(settings, iters, valid_set is not None)
     if resumed is not None:
@@ -121,6 +126,26 @@ def _train_in(
             return result
 
 
+def _rehearse(directory: Path, settings: TrainSettings, observer: RunObserver) -> TrainResult:
+    """All that a run checks, and one update; the result counts none."""
+    check_stopping(settings, settings.iters or sys.maxsize, has_validation(settings))
+    model = open_model(settings)
+    check_length(model, settings.max_seq_length)
+    adapter = Adapter.create(
+        model, settings.lora_config(model.spec), settings.seed, settings.rounded_dtype
+    )
+    check_space(directory, _checkpoint_bytes(settings, adapter), settings.keep_checkpoints)
+    Groups(settings, adapter.parameters)
+    observer.on_model(model, adapter)
+    rehearsal = rehearse(settings, model, adapter, _request(settings, model))
+    observer.on_rehearsal(rehearsal)
+    step = rehearsal.step
+    return TrainResult(
+        0, step.loss, None, step.n_tokens, step.wall_s, step.cpu_s, step.peak_anon_bytes,
+        step.peak_rss_bytes,
+    )  # fmt: skip
+
+
 def _checkpoint_bytes(settings: TrainSettings, adapter: Adapter) -> int:
     """The size of a checkpoint's tensors: the adapter's and what its optimiser will keep."""
     optimizer = OPTIMIZERS[settings.optimizer](settings, adapter.parameters)
@@ -139,6 +164,8 @@ def check_supported(settings: TrainSettings) -> None:
     """
     if settings.resume and settings.overwrite:
         raise ConfigError("--resume goes on with a run, --overwrite replaces it; give one of them.")
+    if settings.dry_run and settings.resume:
+        raise ConfigError("--dry-run tries a new run, --resume goes on with one; give one of them.")
     if settings.resume_anyway and not settings.resume:
         raise ConfigError("--resume-anyway is for --resume, which is not given.")
     check_step(settings)
@@ -180,14 +207,13 @@ def check_length(model: Decoder, max_seq_length: int) -> None:
         )
 
 
-def data_request(
-    settings: DataSettings, model: Decoder, data: str, out: Path, **more: Any
-) -> PrepareRequest:
+def data_request(settings: DataSettings, model: Decoder, data: str, **more: Any) -> PrepareRequest:
     """What the tokenising child is asked to do."""
+    cache = settings.cache_dir
     return PrepareRequest(
         data=Path(data).expanduser(),
         tokenizer=settings.tokenizer_directory(model.directory),
-        out=out,
+        cache=Path(cache).expanduser() if cache else cache_root() / "tokens",
         max_seq_length=settings.max_seq_length,
         vocab_size=model.spec.vocab_size,
         mask_prompt=settings.mask_prompt,
@@ -202,13 +228,12 @@ def data_request(
     )
 
 
-def _request(settings: TrainSettings, model: Decoder, out: Path) -> PrepareRequest:
+def _request(settings: TrainSettings, model: Decoder) -> PrepareRequest:
     valid = settings.valid_data
     return data_request(
         settings,
         model,
         settings.data,
-        out,
         valid_data=None if valid is None else Path(valid).expanduser(),
         valid_records=settings.valid_records,
     )

@@ -76,6 +76,14 @@ class DataSettings:
         help="Jinja file to use instead of the tokenizer's chat template, or 'none'",
         filled=True,
     )
+    cache_dir: str | None = setting(
+        None,
+        help="directory for tokenised data, which the next run with the same data and settings "
+        "finds there; none takes ~/.cache/lowtide/tokens",
+        changeable=True,
+        filled=True,
+        metavar="DIR",
+    )
     prompt_feature: str = setting("prompt", help="record key of the prompt")
     completion_feature: str = setting("completion", help="record key of the completion")
     text_feature: str = setting("text", help="record key of plain text")
@@ -152,6 +160,11 @@ class TrainSettings(
         help="directory to write the adapter to", filled=True, changeable=True
     )
     overwrite: bool = setting(False, help="replace the run that --adapter-path already holds")
+    dry_run: bool = setting(
+        False,
+        help="check everything, show a sample with its masks, plan the memory, make one update, "
+        "and write nothing",
+    )
     batch_size: int = setting(
         1, help="sequences per forward and backward", minimum=1, maximum=MAX_BATCH
     )

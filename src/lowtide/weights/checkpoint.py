@@ -252,7 +252,8 @@ def weight_files(directory: Path) -> list[Path]:
                 f"{directory / INDEX_FILE} names files outside its directory: "
                 f"{', '.join(escaping)}. Download the model again from a source you trust."
             )
-        missing = [name for name in names if not (directory / name).is_file()]
+        # os.path says no to names that no file could have; pathlib raises.
+        missing = [name for name in names if not os.path.isfile(directory / name)]
         if missing:
             raise ModelError(
                 f"{directory} lacks {len(missing)} of {len(names)} weight files:\n"
@@ -285,7 +286,7 @@ def _read_index(directory: Path) -> dict[str, str]:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         if not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
             raise TypeError("weight_map must map tensor names to file names")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{path} is not a safetensors index ({error}). Download it again."
         ) from error

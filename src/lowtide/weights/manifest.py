@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,9 @@ not know and starts from random weights.
 """
 _FORMAT = 1
 _REMEDY = "Run `lowtide quantize` again."
+
+
+_UNREADABLE = (ValueError, RecursionError, KeyError, TypeError, AttributeError, OSError)
 
 
 @dataclass(frozen=True)
@@ -120,8 +123,12 @@ class Manifest:
             if held.pop("format") != _FORMAT or held["storage"] not in STORAGES:
                 raise ValueError("its format or storage is not known to this version of lowtide")
             source = tuple(SourceFile(**one) for one in held.pop("source"))
-            return cls(source=source, **held)
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            found = cls(source=source, **held)
+            _require_types(found)
+            for one in source:
+                _require_types(one)
+            return found
+        except _UNREADABLE as error:
             raise ModelError(f"{path} cannot be used ({error}). {_REMEDY}") from error
 
     def write(self, directory: Path) -> None:
@@ -204,3 +211,18 @@ class Manifest:
         if [one.sha256 for one in now] != [one.sha256 for one in self.source]:
             return None
         return replace(self, source=now)
+
+
+def _require_types(record: SourceFile | Manifest) -> None:
+    """Refuse values of other types than the fields'; what `**` was given need not fit them."""
+    kinds = {"str": str, "int": int, "dict": dict, "tuple": tuple}
+    wrong = [
+        one.name
+        for one in fields(record)
+        if type(getattr(record, one.name)) is not kinds[str(one.type).partition("[")[0]]
+    ]
+    if isinstance(record, Manifest) and not wrong:
+        errors = record.relative_rms_errors.values()
+        wrong = [] if all(isinstance(one, float | int) for one in errors) else ["errors"]
+    if wrong:
+        raise ValueError(f"of another type than it was written with: {', '.join(wrong)}")

@@ -15,6 +15,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -173,6 +174,15 @@ def _partial_file(out: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """A line of the journal; None where it is not whole, or is no line that was written there."""
+    try:
+        found = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 class _Journal:
     """One line that says what is quantised, then one for each finished tensor."""
 
@@ -180,10 +190,11 @@ class _Journal:
         """Keep what the file holds of the same work, and start it anew where it is of another."""
         self._path = path
         lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        self._lines = [json.loads(line) for line in lines if line.endswith(b"\n")]
+        # The line that was being written when the process ended is not whole.
+        whole = takewhile(lambda line: line is not None, map(_parsed, lines))
+        self._lines = [line for line in whole if line is not None]
         if not self._lines or self._lines[0] != head:
-            self._lines = [head]
-        # Without the line that was being written when the process ended.
+            self._lines = [dict(head)]
         path.write_text("".join(json.dumps(line) + "\n" for line in self._lines), encoding="utf-8")
 
     def finished(self, descriptor: int, layout: _Layout) -> dict[str, _Written]:
@@ -191,13 +202,14 @@ class _Journal:
         done: dict[str, _Written] = {}
         size = os.fstat(descriptor).st_size
         for line in self._lines[1:]:
-            name = line["name"]
-            written = _Written(line["sha256"], line["relative_rms_error"])
+            name, sums, error = (line.get(key) for key in ("name", *_Written._fields))
+            if not isinstance(name, str) or name not in layout.parts or not isinstance(sums, dict):
+                continue
+            if not isinstance(error, float | None) or size != layout.size:
+                continue
             places = layout.parts[name]
-            if size == layout.size and all(
-                place.sha256(descriptor) == written.sha256[part] for part, place in places.items()
-            ):
-                done[name] = written
+            if all(place.sha256(descriptor) == sums.get(part) for part, place in places.items()):
+                done[name] = _Written(sums, error)
         return done
 
     def add(self, name: str, written: _Written) -> None:

@@ -39,8 +39,24 @@ FAMILIES: dict[str, Family] = {
     "qwen3": QWEN3,
     "smollm3": SMOLLM3,
 }
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
-_SENSES = ("vision_config", "audio_config", "speech_config", "video_config")
+_SIGNS = {
+    "a mixture of experts, whose MLP differs from token to token": (
+        *("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size"),
+    ),
+    "a multimodal model; lowtide trains text decoders": (
+        *("vision_config", "audio_config", "speech_config", "video_config"),
+        *("img_processor", "audio_processor", "embd_layer"),
+    ),
+    "a model with layers that are no attention: of a state space, a recurrence or convolutions": (
+        *("state_size", "ssm_cfg", "mamba_d_state", "mamba_d_ssm", "attention_hidden_size"),
+        *("linear_num_value_heads", "conv_L_cache"),
+    ),
+    "a model whose keys and values come from a common latent": ("kv_lora_rank",),
+    "an encoder with a decoder": ("is_encoder_decoder",),
+    "an encoder": ("type_vocab_size",),
+    "a model with a learned vector for each position": ("n_positions", "n_ctx"),
+}
+"""What a model is that no family here could describe, and the fields that tell."""
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -94,6 +110,11 @@ def spec_from_config(raw: Mapping[str, Any]) -> ModelSpec:
         ModelError: the model_type is not supported, or a field that changes the function is not.
     """
     model_type = raw.get("model_type")
+    if model_type is None:
+        raise ModelError(
+            f"config.json has no model_type{_what_it_is(raw)}, so nobody can say what model it "
+            "describes. Download it again, or take it from the model that yours was made of."
+        )
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ModelError(
             f"model_type {model_type!r} is not supported{_what_it_is(raw)}; lowtide knows "
@@ -106,11 +127,9 @@ def _what_it_is(raw: Mapping[str, Any]) -> str:
     """What kind of model this is, where it is one that no family here could describe."""
     text = raw.get("text_config")
     fields = {**(text if isinstance(text, Mapping) else {}), **raw}
-    kinds = []
-    if any(isinstance(fields.get(name), int) and fields[name] > 1 for name in _EXPERTS):
-        kinds.append("a mixture of experts, whose MLP differs from token to token")
-    if any(fields.get(name) for name in _SENSES):
-        kinds.append("a multimodal model, of which lowtide would train the text decoder alone")
-    if fields.get("is_encoder_decoder"):
-        kinds.append("an encoder with a decoder")
-    return f" (it is {' and '.join(kinds)})" if kinds else ""
+    kinds = [
+        kind
+        for kind, signs in _SIGNS.items()
+        if any((value := fields.get(sign)) and (value is True or value != 1) for sign in signs)
+    ]
+    return f" (it is {', and '.join(kinds)})" if kinds else ""

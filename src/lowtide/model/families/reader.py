@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from lowtide.errors import ModelError, listed
+from lowtide.errors import ModelError, listed, shown
 from lowtide.model.spec import RopeSpec
 
 # Fields that say nothing about the function, or only about training from scratch or decoding.
@@ -72,7 +72,7 @@ class ConfigReader:
             self.problems.append(f"{name} is missing")
             return 1.0
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e18:
-            self.problems.append(f"{name} = {value!r} (expected a positive number)")
+            self.problems.append(f"{name} = {shown(value)} (expected a positive number)")
             return 1.0
         return float(value)
 
@@ -80,7 +80,7 @@ class ConfigReader:
         """A positive integer; a missing one without default is a problem."""
         value = self.number(name, default)
         if value != int(value):
-            self.problems.append(f"{name} = {value!r} (expected an integer)")
+            self.problems.append(f"{name} = {shown(value)} (expected an integer)")
         return max(1, int(value))
 
     def optional(self, name: str, default: float = 0.0) -> float:
@@ -94,14 +94,14 @@ class ConfigReader:
         """`sliding_window` in keys; null is 0, which is none, and a missing field the default."""
         value = self.optional("sliding_window", default)
         if value != int(value):
-            self.problems.append(f"sliding_window = {value!r} (expected an integer)")
+            self.problems.append(f"sliding_window = {shown(value)} (expected an integer)")
         return int(value)
 
     def count(self, name: str, default: int) -> int:
         """A whole number from 0."""
         value = self.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            self.problems.append(f"{name} = {value!r} (expected an integer from 0)")
+            self.problems.append(f"{name} = {shown(value)} (expected an integer from 0)")
             return default
         return value
 
@@ -109,7 +109,7 @@ class ConfigReader:
         """A boolean."""
         value = self.get(name, default)
         if not isinstance(value, bool):
-            self.problems.append(f"{name} = {value!r} (expected true or false)")
+            self.problems.append(f"{name} = {shown(value)} (expected true or false)")
             return default
         return value
 
@@ -120,7 +120,7 @@ class ConfigReader:
             return None
         if isinstance(value, list) and len(value) == count and all(one in (0, 1) for one in value):
             return [bool(one) for one in value]
-        self.problems.append(f"{name} = {value!r} (expected {count} of 0 and 1)")
+        self.problems.append(f"{name} = {shown(value)} (expected {count} of 0 and 1)")
         return None
 
     def numbers(self, name: str, count: int) -> tuple[float, ...]:
@@ -139,7 +139,7 @@ class ConfigReader:
         """Record a problem when the field is there and its value is not supported."""
         self._known.add(name)
         if name in self.raw and not supported(self.raw[name]):
-            self.problems.append(f"{name} = {self.raw[name]!r} (supported: {expected})")
+            self.problems.append(f"{name} = {shown(self.raw[name])} (supported: {expected})")
 
     def refuse_set(self, *names: str) -> None:
         """Record a problem for each of these that is set to anything but null, false or zero."""
@@ -157,7 +157,7 @@ class ConfigReader:
         )
         if not known or len(kinds) != count:
             self.problems.append(
-                f"layer_types = {kinds!r} (expected one of {', '.join(names)} for each of "
+                f"layer_types = {shown(kinds)} (expected one of {', '.join(names)} for each of "
                 f"{count} layers)"
             )
             return [False] * count
@@ -169,7 +169,7 @@ class ConfigReader:
         for name in names:
             value = self.get(name, {})
             if not isinstance(value, Mapping):
-                self.problems.append(f"{name} = {value!r} (expected an object)")
+                self.problems.append(f"{name} = {shown(value)} (expected an object)")
         found = [
             value for name in names if (value := self.get(name)) and isinstance(value, Mapping)
         ]
@@ -194,20 +194,22 @@ class ConfigReader:
             The table's settings; problems are recorded.
         """
         if not isinstance(settings, Mapping):
-            self.problems.append(f"rotary settings are {settings!r} (expected an object)")
+            self.problems.append(f"rotary settings are {shown(settings)} (expected an object)")
             settings = {}
         inner = ConfigReader({name: v for name, v in settings.items() if v is not None})
         name = inner.get("rope_type") or inner.get("type") or "default"
         inner.get("type")
         if not isinstance(name, str) or name not in _ROPE_KINDS:
-            self.problems.append(f"rope type {name!r} (supported: {', '.join(_ROPE_KINDS)})")
+            self.problems.append(f"rope type {shown(name)} (supported: {', '.join(_ROPE_KINDS)})")
             return RopeSpec(theta)
         kind, needed = _ROPE_KINDS[name]
         fields = set(needed) | _ROPE_OPTIONAL.get(kind, set())
         fields |= {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
         for field, value in inner.raw.items():
             if field not in fields:
-                self.problems.append(f"rope field {field} = {value!r} is not one of type {name!r}")
+                self.problems.append(
+                    f"rope field {field} = {shown(value)} is not one of type {name!r}"
+                )
         share = inner.number("partial_rotary_factor", self.number("partial_rotary_factor", 1.0))
         rotated = int(head_dim * share)
         if rotated % 2 or not 0 < rotated <= head_dim:
@@ -235,7 +237,7 @@ class ConfigReader:
         for name, value in self.raw.items():
             neutral = value is None or value is False or value == [] or value == {}
             if name not in self._known and not name.startswith("_") and not neutral:
-                self.problems.append(f"{name} = {value!r} is not a field that lowtide knows")
+                self.problems.append(f"{name} = {shown(value)} is not a field that lowtide knows")
         if self.problems:
             raise ModelError(
                 f"config.json (model_type {self.raw.get('model_type')!r}) asks for what lowtide "

@@ -21,7 +21,7 @@ from lowtide.config import build
 from lowtide.memory.timeline import KINDS, MAX_SAMPLES, Ledger
 from lowtide.methods import METHODS, mebp
 from lowtide.model import reference
-from lowtide.ops import cross_entropy, fused_attention, glu
+from lowtide.ops import cross_entropy, fused_attention, glu_sides
 from lowtide.train.optim import Sgd
 
 TOKENS, HIDDEN, INNER, LAYERS, VOCAB, RANK = 48, 32, 40, 2, 264, 4
@@ -141,7 +141,7 @@ def test_the_peak_is_named(small_model: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "target", "name"),
     [
-        ("mesp", (glu._Branch, "finish"), r"backward of block [01]: glu_backward"),
+        ("mesp", (glu_sides.InputGradients, "finish"), r"backward of block [01]: glu_backward"),
         ("mesp", (fused_attention, "_scaled"), r"(forward|backward) of block [01]: attention_\w+"),
         ("mesp", (cross_entropy, "_tile_rows"), r"loss: cross_entropy"),
         ("mebp", (reference, "_rotate"), r"forward of block [01]: attention"),

@@ -121,6 +121,14 @@ def test_a_model_type_that_is_none(model_type: object) -> None:
             {"rope_parameters": {"rope_type": "linear", "factor": 2}},
             "rope_parameters has neither full_attention nor sliding_attention",
         ),
+        (
+            {**LLAMA, "model_type": "phi3", "rope_scaling": None},
+            {
+                "head_dim": 2**31,
+                "rope_scaling": {"type": "longrope", "short_factor": [1], "long_factor": [1]},
+            },
+            "short_factor: 1 of them (expected 1073741824 positive numbers)",
+        ),
         (GEMMA3, {"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 (supported: 1)"),
         (GEMMA3, {"rope_parameters": {"full_attention": "wide"}}, "rotary settings are 'wide'"),
         (LLAMA, {"rope_parameters": {"rope_type": "longrope"}}, "short_factor: None (expected 5"),

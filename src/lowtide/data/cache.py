@@ -162,8 +162,8 @@ class TokenDataset:
         self._ids, self._offsets, self.digests = parts["ids"], parts["offsets"], parts["digests"]
         self.longest = int(metadata["longest"])
         """Tokens in the longest sequence."""
-        whole = len(self._ids) - self.n_tokens in (0, 1)
-        if not whole or len(self._offsets) != len(self.digests) + 1:
+        fit = len(self._offsets) == len(self.digests) + 1
+        if not fit or len(self._ids) - self.n_tokens not in (0, 1):
             raise _BrokenCacheError("its tensors do not fit together")
 
     @classmethod

@@ -15,7 +15,7 @@ from lowtide.data.files import Problems, Tally, iter_rows
 from lowtide.data.json_list import kind_of
 from lowtide.data.text import EmptyDataError
 from lowtide.data.tokenizer import unencodable
-from lowtide.errors import DataError, listed
+from lowtide.errors import DataError, listed, shown
 
 EMPTY, MIXED = "empty", "of another format"
 ROLES = ("system", "user", "assistant", "tool")
@@ -187,7 +187,7 @@ def _infer(row: Mapping[str, Any], formats: list[_Format], path: Path, place: st
 
 
 def _quoted(keys: Mapping[str, Any] | tuple[str, ...]) -> str:
-    return ", ".join(repr(key) for key in keys)
+    return ", ".join(shown(key) for key in keys)
 
 
 def _instruction(row: Mapping[str, Any], where: str) -> Record:
@@ -249,8 +249,8 @@ def _check_message(message: Mapping[str, Any], place: str) -> None:
         )
     role, content = message["role"], message.get("content")
     if not isinstance(role, str) or role not in ROLES:
-        shown = repr(role) if isinstance(role, str) else kind_of(role)
-        raise _BadRecordError(f"{place} has the role {shown}; expected {', '.join(ROLES)}")
+        found = shown(role) if isinstance(role, str) else kind_of(role)
+        raise _BadRecordError(f"{place} has the role {found}; expected {', '.join(ROLES)}")
     if calls is not None and (role != "assistant" or not isinstance(calls, list)):
         raise _BadRecordError(f"{place}: 'tool_calls' must be a list in an assistant message")
     if content is None and calls:

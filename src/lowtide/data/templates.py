@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lowtide.data.sandbox import Compiled
 
 Message = Mapping[str, Any]
+_MOST_SAID = 1000
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -95,7 +96,9 @@ class ChatTemplate:
         try:
             return compiled.render(**given)
         except Exception as error:  # the template is foreign code: whatever it raises is its own
-            raise TemplateRefusal(self.origin, str(error) or type(error).__name__) from None
+            said = str(error) or type(error).__name__
+            said = said if len(said) <= _MOST_SAID else f"{said[:_MOST_SAID]} ..."
+            raise TemplateRefusal(self.origin, said) from None
 
     def _compile(self, source: str) -> Compiled:
         import jinja2

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowtide.data.added_tokens import apply_legacy, complete_backend, named_tokens
-from lowtide.errors import ModelError
+from lowtide.errors import ModelError, shown
 
 if TYPE_CHECKING:
     import tokenizers
@@ -146,7 +146,7 @@ def _id_of(backend: tokenizers.Tokenizer, token: str, role: str, directory: Path
     token_id = backend.token_to_id(token)
     if token_id is None:
         raise ModelError(
-            f"{directory}: {role}_token is {token!r}, which tokenizer.json does not hold. The "
+            f"{directory}: {role}_token is {shown(token)}, which tokenizer.json does not hold. The "
             "tokenizer files do not belong together; fetch them again."
         )
     return int(token_id)

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lowtide.errors import AdapterError, ConfigError, OutputError, listed
+from lowtide.errors import AdapterError, ConfigError, OutputError, listed, shown
 from lowtide.model.adapter import Adapter, LoraConfig, adapter_shapes
 from lowtide.model.decoder import Decoder
 from lowtide.weights.writer import write_atomically, write_safetensors
@@ -129,7 +129,7 @@ def load_adapter(directory: Path, model: Decoder) -> Adapter:
     if problems:
         base = raw.get("base_model_name_or_path")
         raise AdapterError(
-            f"the adapter in {directory} (made for {base!r}) does not fit the model in "
+            f"the adapter in {directory} (made for {shown(base)}) does not fit the model in "
             f"{model.directory}:\n{listed(problems)}\nGive the model that it was trained on."
         )
     adapter = Adapter.zeros(model, config)
@@ -183,13 +183,13 @@ def _lora_config(
     """Settings from adapter_config.json; which linears are adapted, from the tensors' names."""
     problems = []
     if raw.get("peft_type") != "LORA":
-        problems.append(f"peft_type = {raw.get('peft_type')!r} (supported: 'LORA')")
+        problems.append(f"peft_type = {shown(raw.get('peft_type'))} (supported: 'LORA')")
     for name, plain in _PLAIN.items():
         if name in raw and raw[name] not in plain:
-            problems.append(f"{name} = {raw[name]!r} (supported: {plain[0]!r})")
+            problems.append(f"{name} = {shown(raw[name])} (supported: {plain[0]!r})")
     names = raw.get("target_modules")
     if isinstance(names, list) and not all(isinstance(name, str) for name in names):
-        problems.append(f"target_modules = {names!r} (supported: names of linears)")
+        problems.append(f"target_modules = {shown(names)} (supported: names of linears)")
     if problems:
         raise AdapterError(
             f"{directory / CONFIG_FILE} asks for what lowtide does not support:\n{listed(problems)}"
@@ -245,5 +245,5 @@ def _layers(value: object) -> tuple[int, ...] | None:
         return None
     layers = [value] if isinstance(value, int) else value
     if not isinstance(layers, list) or not all(isinstance(one, int) for one in layers):
-        raise ConfigError(f"layers_to_transform is {value!r}; expected whole numbers.")
+        raise ConfigError(f"layers_to_transform is {shown(value)}; expected whole numbers.")
     return tuple(layers)

@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from .fingerprint import version
 
 FOLDER = "checkpoints"
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "state.json"
+_FILES = (WEIGHTS_FILE, CONFIG_FILE, OPTIMIZER_FILE)
 FORMAT = 1
 _NAME = re.compile(r"step-(\d+)")
 _OURS = re.compile(r"\.?step-\d+(\.(tmp|gone|damaged))?")
@@ -135,7 +136,9 @@ def _read_state(path: Path) -> Checkpoint:
         raise DamagedError(f"{path.name} is not whole") from error
     if claimed != _checksum(document):
         raise DamagedError(f"{path.name} does not have its checksum")
-    if document.get("format", 0) > FORMAT:
+    if not isinstance(document.get("format"), int):
+        raise DamagedError(f"{path.name} says something else than a run's state")
+    if document["format"] > FORMAT:
         raise OutputError(
             f"{path.parent} was written by lowtide {document['lowtide']}, in format "
             f"{document['format']}; this is lowtide {version()}, which knows formats up to "
@@ -143,9 +146,22 @@ def _read_state(path: Path) -> Checkpoint:
         )
     try:
         state = RunState(**document["state"])
-        return Checkpoint(path.parent, state, document["files"], document["lowtide"])
-    except (KeyError, TypeError) as error:
+        found = Checkpoint(path.parent, state, document["files"], document["lowtide"])
+        _require_types(found)
+    except (KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{path.name} says something else than a run's state") from error
+    return found
+
+
+def _require_types(found: Checkpoint) -> None:
+    """Raise TypeError or another where a value is not what is written there."""
+    kinds = {"int": int, "dict": dict}
+    for one in fields(RunState):
+        if type(getattr(found.state, one.name)) is not kinds[str(one.type).partition("[")[0]]:
+            raise TypeError(one.name)
+    files = {name: (type(one["bytes"]), type(one["sha256"])) for name, one in found.files.items()}
+    if any(kinds_of != (int, str) for kinds_of in files.values()) or set(files) != set(_FILES):
+        raise TypeError("files")
 
 
 def _checksum(document: Mapping[str, Any]) -> str:

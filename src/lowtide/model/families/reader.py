@@ -131,9 +131,9 @@ class ConfigReader:
         )
         if value is not None and good and len(value) == count:
             return tuple(float(one) for one in value)
-        found = f"{len(value)} of them" if good else repr(value)
+        found = f"{len(value)} of them" if good else shown(value)
         self.problems.append(f"{name}: {found} (expected {count} positive numbers)")
-        return (1.0,) * count
+        return ()
 
     def refuse_unless(self, name: str, supported: Check, expected: str) -> None:
         """Record a problem when the field is there and its value is not supported."""

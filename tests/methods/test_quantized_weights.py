@@ -45,11 +45,12 @@ def flat(model: Decoder, adapter: lt.Adapter, batch: lt.Batch, method: str) -> t
 
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dora", [False, True])
 def test_gradients_are_autograds_on_the_dequantised_weights(
-    shape: str, storage: str, twins: Callable[[str, str], tuple[Path, Path]]
+    shape: str, storage: str, dora: bool, twins: Callable[[str, str], tuple[Path, Path]]
 ) -> None:
     ours, plain = (lt.load_model(path, "float64") for path in twins(shape, storage))
-    adapter = random_adapter(plain, lt.LoraConfig(r=3, lora_dropout=0.2))
+    adapter = random_adapter(plain, lt.LoraConfig(r=3, lora_dropout=0.2, use_dora=dora))
     batch = lt.Batch.from_sequences(*random_batch(131, [23, 1, 9, 31], masked=0.4))
     truth = lt.gradients(plain, adapter, batch, "autograd", dropout_seed=7)
     for method in EXACT:

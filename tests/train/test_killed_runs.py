@@ -69,8 +69,8 @@ def kill_somewhere(process: subprocess.Popen[str], out: Path, chance: random.Ran
     if moment == "start":
         time.sleep(chance.uniform(0, 3))
     else:
-        before = metrics_size(out)
-        while process.poll() is None and metrics_size(out) in (0, before):
+        enough = metrics_size(out) + chance.randrange(1, 6000)  # a line has some 600 bytes
+        while process.poll() is None and metrics_size(out) < enough:
             time.sleep(0.001)
         time.sleep(chance.uniform(0, 0.1))
         while moment == "save" and process.poll() is None and not is_saving(out):
@@ -140,7 +140,9 @@ def endless(model: Path, data: Path, tmp_path: Path) -> Iterator[subprocess.Pope
         time.sleep(0.01)
     yield process
     process.kill()
-    process.communicate()
+    process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
@@ -210,10 +212,9 @@ def test_a_real_disk_that_is_full_at_random_moments_loses_nothing(
         failures, reached = 0, -1
         while failures < 8:
             process = start(disk / "out", settings)
-            before = metrics_size(disk / "out")
-            while process.poll() is None and metrics_size(disk / "out") in (0, before):
+            enough = metrics_size(disk / "out") + chance.randrange(1, 10_000)
+            while process.poll() is None and metrics_size(disk / "out") < enough:
                 time.sleep(0.001)
-            time.sleep(chance.uniform(0, 0.2))
             _fill(disk / "filler")
             text, _ = process.communicate()
             if process.returncode == 0:

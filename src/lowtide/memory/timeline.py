@@ -10,9 +10,10 @@ and what does not enter a ledger pays nothing for it.
 
 What the sum by kind cannot see, and why it differs from RssAnon:
 
-- What the process holds that is no tensor, before there is an adapter: packing buffers and threads
-  of the product library (a product of the step's size is made first), the model's Python objects,
-  modules imported since. `Ledger.settle` measures it; it is a constant part of `other`.
+- What the process holds that is no tensor: packing buffers, threads and kernels of the product
+  libraries, the model's Python objects, modules imported since. `Ledger.settle` measures it before
+  there is an adapter (a product of the step's size is made first), and `recording` adds what malloc
+  has given out since to others than tensors; it is a constant part of `other`.
 - Scratch that a kernel allocates and frees within one operation.
 - Reserved pages that nothing has touched: tensors count in full, RssAnon counts touched pages.
   Those of tensors that outlive the recorded step are told beside the sum, as `untouched_bytes`.
@@ -105,6 +106,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does 
         self._recording = self._changed = False
         self._start = 0.0
         self._constant = self._untouched = 0
+        self._settled: int | None = None
         self._vocab_size = -1
         self._block: int | None = None
         self._graph_blocks: set[int] = set()
@@ -125,9 +127,20 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does 
         Returns:
             Its bytes, above RssAnon right after the import.
         """
-        held = sum(self._sizes[entry] for entry, _ in self._known.values())
-        self._constant = max(0, self.anon() - held - self._kept_by_malloc())
+        self._constant = max(0, self.anon() - self._held() - self._kept_by_malloc())
+        self._settled = self._no_tensors()
         return self._constant
+
+    def _held(self) -> int:
+        """Bytes of the storages that live now."""
+        return sum(self._sizes[entry] for entry, _ in self._known.values())
+
+    def _no_tensors(self) -> int:
+        """Bytes that malloc has given to others than storages, such as a library's kernels."""
+        if self._mallinfo is None:
+            return 0
+        info = self._mallinfo()
+        return int(info.uordblks + info.hblkhd) - self._held()
 
     def _kept_by_malloc(self) -> int:
         """Bytes that were freed and that malloc has not given back."""
@@ -168,6 +181,8 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch does 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Keep moments from here to the end of the context."""
+        if self._settled is not None:
+            self._constant += max(0, self._no_tensors() - self._settled)
         self._start = time.perf_counter()
         self._recording = self._changed = True
         self._moment()

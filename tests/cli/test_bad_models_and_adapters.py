@@ -89,7 +89,7 @@ def test_a_config_that_is_not_one(copy: Path, content: str, part: str) -> None:
     ("changes", "parts"),
     [
         ({"model_type": "mamba"}, ["model_type 'mamba' is not supported", "llama, mistral, olmo2"]),
-        ({"model_type": None}, ["model_type None is not supported"]),
+        ({"model_type": None}, ["config.json has no model_type", "Download it again"]),
         ({"model_type": ["llama"]}, ["model_type ['llama'] is not supported"]),
         ({"hidden_act": "gelu"}, ["hidden_act = 'gelu' (supported: silu)"]),
         ({"num_attention_heads": 3}, ["not a multiple of num_key_value_heads", "hidden_size = 32"]),
@@ -98,7 +98,7 @@ def test_a_config_that_is_not_one(copy: Path, content: str, part: str) -> None:
         ({"hidden_size": "32"}, ["hidden_size = '32'"]),
         ({"num_hidden_layers": 2.5}, ["num_hidden_layers = 2.5 (expected an integer)"]),
         ({"num_hidden_layers": 10**12}, ["num_hidden_layers = 1000000000000 is not sensible"]),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, ["rope type 'yarn'", "linear"]),
+        ({"rope_scaling": {"rope_type": "mrope", "factor": 2}}, ["rope type 'mrope'", "linear"]),
         ({"rope_scaling": {"rope_type": ["linear"]}}, ["rope type ['linear']"]),
         ({"rope_scaling": {"type": "linear"}}, ["factor is missing"]),
         ({"rope_scaling": 3}, ["rope_scaling = 3 (expected an object)"]),

@@ -153,6 +153,7 @@ def test_we_open_an_adapter_of_peft(
         ({"rank_pattern": {"q_proj": 3}}, "q_proj.lora_A.weight is [2, "),
         ({"rank_pattern": {"q_proj": 0}}, "rank_pattern['q_proj'] is 0; expected a whole number"),
         ({"rank_pattern": ["q_proj"]}, "rank_pattern is ['q_proj']; expected values by module"),
+        ({"lora_alpha": 10**400}, "expected a positive number, at most 1e+09"),
         ({"alpha_pattern": {"q_proj": "2"}}, "alpha_pattern['q_proj'] is '2'; expected a positive"),
         (
             {"alpha_pattern": {"q_(proj": 2}},

@@ -33,7 +33,7 @@ _RAISES = {"os.system", "subprocess.Popen", "os.exec", "os.fork", "socket.connec
 _MOST_TEXT = 20_000
 """Characters of a message; 20 problems are listed, each with the value that was found."""
 _MOST_MEMORY = 400 << 20
-"""Bytes that all inputs of a test may add to the process's address space."""
+"""Bytes that an input may add to the process's address space."""
 
 
 class Watch:
@@ -76,14 +76,15 @@ class Judge:
 
     def __call__(self, action: Callable[[], object]) -> None:
         """It ends well, or with an error of ours that people can read."""
-        WATCH.inside, WATCH.outside = self._directory, []
         refusal: LowtideError | None = None
-        try:
-            action()
-        except LowtideError as error:
-            refusal = error
-        finally:
-            WATCH.inside = None
+        with _limited_memory():
+            WATCH.inside, WATCH.outside = self._directory, []
+            try:
+                action()
+            except LowtideError as error:
+                refusal = error
+            finally:
+                WATCH.inside = None
         self.counts["accepted" if refusal is None else refusal.kind] += 1
         if refusal is not None:
             assert refusal.exit_code in (1, 2)
@@ -92,17 +93,24 @@ class Judge:
 
 
 @contextmanager
-def judging(name: str, directory: Path) -> Iterator[Judge]:
-    """A judge, with memory limited while it is there, and its counts printed at the end."""
+def _limited_memory() -> Iterator[None]:
     before = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    used = pages * resource.getpagesize()
+    most = pages * resource.getpagesize() + _MOST_MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@contextmanager
+def judging(name: str, directory: Path) -> Iterator[Judge]:
+    """A judge, whose counts are printed at the end."""
     counts: Counter[str] = Counter()
-    resource.setrlimit(resource.RLIMIT_AS, (used + _MOST_MEMORY, before[1]))
     try:
         yield Judge(counts, directory)
     finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
         said = ", ".join(f"{kind} {count:,}" for kind, count in counts.most_common())
         print(f"{name}: {sum(counts.values()):,} inputs: {said}")
 

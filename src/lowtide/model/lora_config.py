@@ -8,11 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from lowtide.errors import ConfigError
+from lowtide.errors import ConfigError, shown
 
 from .spec import ModelSpec
 
 ALL_LINEAR = "all-linear"
+_MOST_ALPHA = 1e9
+"""Beyond it, nothing but a mistake; far beyond, no float32."""
 
 
 @dataclass(frozen=True)
@@ -195,10 +197,11 @@ def _check_rank(name: str, value: object) -> None:
 
 
 def _check_alpha(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{name} is {value!r}; expected a positive number.")
-    if not math.isfinite(value) or value <= 0:
-        raise ConfigError(f"{name} is {value!r}; expected a positive number.")
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else 0
+    if not 0 < number <= _MOST_ALPHA:
+        raise ConfigError(
+            f"{name} is {shown(value)}; expected a positive number, at most {_MOST_ALPHA:g}."
+        )
 
 
 def _check_key(name: str, key: object) -> None:

@@ -150,8 +150,9 @@ def _predict(work: Workload, options: MethodOptions) -> Plan:
         by_kind["block inputs"] = 0
     by_kind["buffers"] = _workspace_bytes(work, options)
     by_kind["kernels"] = _kernel_bytes(work, options, backward)
-    # And what malloc keeps between the pieces that come and go, which grows with all else.
-    by_kind["libraries"] = _LIBRARIES + int(_KEPT_SHARE * sum(by_kind.values()))
+    # And what malloc keeps between the pieces that come and go, which grows with what they are of.
+    pieces = sum(by_kind.values()) - by_kind["optimizer"] - by_kind["gradients"]
+    by_kind["libraries"] = _LIBRARIES + int(_KEPT_SHARE * pieces)
     return Plan(options, {kind: by_kind[kind] for kind in KINDS})
 
 

@@ -6,7 +6,9 @@ Granite's four factors with GeGLU, under a name of its own. `FAMILY` would stand
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -78,3 +80,14 @@ class WombatForCausalLM(GraniteForCausalLM):
 
 transformers.AutoConfig.register(NAME, WombatConfig)
 transformers.AutoModelForCausalLM.register(WombatConfig, WombatForCausalLM)
+
+
+def command(*arguments: str) -> list[str]:
+    """The command line of a lowtide that knows the made-up family."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import made_up; "
+        "from lowtide.model.families import FAMILIES; "
+        "FAMILIES[made_up.NAME] = made_up.FAMILY; "
+        "from lowtide.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    )
+    return [sys.executable, "-c", code, *arguments, "--json"]

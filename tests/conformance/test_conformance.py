@@ -142,7 +142,7 @@ def test_the_buffers_that_are_planned_are_those_that_a_step_touches(example: Exa
 
 @pytest.mark.slow
 def test_the_prediction_is_near_what_is_measured(family: str) -> None:
-    predicted, measured = planned_and_measured(ALL[family].examples[0])
+    predicted, measured = planned_and_measured(ALL[family].examples[0], made_up.command)
     assert abs(predicted - measured) <= max(0.05 * measured, 4e6)
 
 

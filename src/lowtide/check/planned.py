@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -54,11 +54,14 @@ def larger(config: Mapping[str, Any]) -> Iterator[Path]:
         yield directory
 
 
-def planned_and_measured(config: Mapping[str, Any]) -> tuple[int, int]:
+def planned_and_measured(
+    config: Mapping[str, Any], command: Callable[..., list[str]] = lowtide_command
+) -> tuple[int, int]:
     """Peak bytes of a step of the larger model: predicted, and measured in a fresh process.
 
     Args:
         config: of one of `Family.examples`.
+        command: makes the command line of a lowtide that knows the family.
 
     Returns:
         Both.
@@ -79,5 +82,5 @@ def planned_and_measured(config: Mapping[str, Any]) -> tuple[int, int]:
                 "optimizer": work.optimizer,
             }
         )
-        result = run_child(lowtide_command("bench", "step", *flags), directory)
+        result = run_child(command("bench", "step", *flags), directory)
     return predicted, max(one["peak_anon_bytes"] for one in result["steps"])

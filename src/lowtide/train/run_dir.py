@@ -22,7 +22,6 @@ from lowtide.settings_file import to_yaml
 from lowtide.weights.writer import link_atomically, sync_directory, write_atomically
 
 from .checkpoints import FOLDER, Checkpoint, Checkpoints, RunState, file_checksum
-from .fingerprint import arithmetic
 from .history import History
 from .output import BEST_FOLDER, EVENTS_FILE, HIDDEN, METRICS_FILE, SETTINGS_FILE, unwritable
 from .settings import TrainSettings
@@ -34,6 +33,7 @@ class Identity:
 
     settings: TrainSettings
     fingerprints: dict[str, str | None]
+    arithmetic: dict[str, str]
 
     @property
     def base_model(self) -> str:
@@ -149,7 +149,7 @@ class RunDir:
                 metrics_bytes=self._sync_metrics(),
                 settings=asdict(self._identity.settings),
                 fingerprints=self._identity.fingerprints,
-                arithmetic=arithmetic(),
+                arithmetic=self._identity.arithmetic,
             )
             self._checkpoints.write(adapter, self._identity.base_model, optimizer, state)
         except OSError as error:

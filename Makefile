@@ -27,7 +27,9 @@ demo: setup
 test: setup-dev
 	$(BIN)/python -m pytest -m "not slow and not docs"
 
+# llama.cpp is built from source, which takes some minutes; only slow tests compare with it.
 test-all: setup-dev
+	$(BIN)/python -m pip install --quiet --editable ".[llama]"
 	$(BIN)/python -m pytest
 
 docs: setup-dev

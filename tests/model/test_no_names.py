@@ -1,8 +1,8 @@
 """No model's name in the code outside `model/families/`: what differs is data.
 
 Docstrings and comments may name a model where a formula comes from it, messages may give a hub id
-as an example. Left out: the paper's cases and the peers' in `bench/`, which are about named models,
-and the two programs that made the bundled model with transformers.
+as an example, and llama.cpp is a program. Left out: the paper's cases and the peers' in `bench/`,
+which are about named models, and the two programs that made the bundled model with transformers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LEFT_OUT = (
 )  # fmt: skip
 STEMS = sorted({re.sub(r"\d.*|_text", "", name) for name in FAMILIES} - {"phi"})
 NAME = re.compile("|".join([*STEMS, "phi3", "phi-3", "smollm"]), re.IGNORECASE)
-HUB_ID = re.compile(r"\b[A-Za-z][\w-]*/[\w.-]+")
+HUB_ID = re.compile(r"\b[A-Za-z][\w-]*/[\w.-]+|llama[.-]cpp|llama_cpp")
 
 
 def _words(tree: ast.AST) -> Iterator[tuple[int, str]]:

@@ -89,7 +89,7 @@ class RopeSpec:
     @property
     def depends_on_length(self) -> bool:
         """Whether a position's angles depend on how long its sequence is."""
-        return self.kind == "longrope"
+        return self.kind == "longrope" and self.short_factors != self.long_factors
 
 
 class LayerSpec(NamedTuple):

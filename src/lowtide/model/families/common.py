@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from lowtide.model.gguf.entry import Gguf
 from lowtide.model.spec import LayerSpec, ModelSpec, RopeSpec
 from lowtide.weights.manifest import STORAGE_KEY
 
@@ -28,10 +29,12 @@ class Family(NamedTuple):
         spec: from a parsed config.json to a `ModelSpec`; raises `ModelError` for what differs.
         examples: configs of tiny models with odd shapes, between them with all that the family can
             do. The conformance tests hold each to transformers.
+        gguf: what its GGUF files look like; None where llama.cpp does not know it.
     """
 
     spec: Callable[[Mapping[str, Any]], ModelSpec]
     examples: Sequence[Mapping[str, Any]]
+    gguf: Gguf | None = None
 
 
 class Sizes(NamedTuple):

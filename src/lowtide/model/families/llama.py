@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lowtide.model.gguf.entry import FREQUENCY_FACTORS, Gguf
 from lowtide.model.spec import SEPARATE, ModelSpec
 
 from .common import Family, biased, decoder_spec, one_rope, read_sizes, tiny
@@ -31,6 +32,13 @@ def llama_spec(raw: Mapping[str, Any]) -> ModelSpec:
     )
 
 
+LLAMA_GGUF = Gguf(
+    "llama",
+    "llama",
+    pairs=True,
+    biases=("attention_bias", "mlp_bias"),
+    rope_tensors=(FREQUENCY_FACTORS,),
+)
 LLAMA = Family(
     llama_spec,
     (
@@ -59,4 +67,5 @@ LLAMA = Family(
             rope_scaling={"type": "linear", "factor": 2.5},
         ),
     ),
+    LLAMA_GGUF,
 )

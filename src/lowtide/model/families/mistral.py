@@ -8,6 +8,7 @@ from typing import Any
 from lowtide.model.spec import LayerSpec, ModelSpec
 
 from .common import Family, decoder_spec, one_rope, read_sizes, tiny
+from .llama import LLAMA_GGUF
 from .reader import ConfigReader
 
 
@@ -39,4 +40,5 @@ MISTRAL = Family(
             tie_word_embeddings=False,
         ),
     ),
+    LLAMA_GGUF,  # which knows no windows
 )

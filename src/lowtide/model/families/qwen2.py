@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lowtide.model.gguf.entry import Gguf
 from lowtide.model.spec import ModelSpec
 
 from .common import Family, decoder_spec, one_rope, read_sizes, switched_windows, tiny
@@ -44,4 +45,5 @@ QWEN2 = Family(
             max_window_layers=1,
         ),
     ),
+    Gguf("qwen2", "qwen2", square=True),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lowtide.model.gguf.entry import Gguf
 from lowtide.model.spec import ModelSpec
 
 from .common import Family, biased, decoder_spec, one_rope, read_sizes, switched_windows, tiny
@@ -49,4 +50,5 @@ QWEN3 = Family(
             },
         ),
     ),
+    Gguf("qwen3", "qwen3"),
 )

@@ -16,15 +16,17 @@ from lowtide.ops.glu import Glu
 from lowtide.ops.lora_linear import Linear, Lora
 from lowtide.weights.base import Weights
 from lowtide.weights.checkpoint import Checkpoint, dtype_name
+from lowtide.weights.gguf.file import is_gguf
 from lowtide.weights.matrix import StoredMatrix
 from lowtide.weights.residency import Residency
 
 from .adapter import MAGNITUDE, Adapter, parameter_name
 from .block import Block, Norms, Positions
 from .families import read_config, spec_from_config
+from .gguf.home import open_gguf
 from .hub import resolve_model
 from .projections import by_role
-from .quantized import cached_checkpoint
+from .quantized import cached_checkpoint, refuse_quantizing
 from .resident import limit_resident
 from .rope import rope_tables
 from .row_norms import RowNorms
@@ -265,8 +267,8 @@ def load_model(
     """Open a model for training or generation, on mapped weights.
 
     Args:
-        model: a local Hugging Face directory, one that `lowtide quantize` wrote, or a hub id such
-            as `Qwen/Qwen2.5-0.5B`.
+        model: a local Hugging Face directory, one that `lowtide quantize` wrote, a GGUF file, or a
+            hub id such as `Qwen/Qwen2.5-0.5B`.
         compute_dtype: `float32` or `float64`, by name or as a torch dtype; None chooses and
             keeps the reason in `dtype_reason`.
         quantize: a name of `weights.storages.STORAGES`, such as `int4`: the weights are quantised
@@ -287,13 +289,18 @@ def load_model(
     if isinstance(compute_dtype, torch.dtype):
         compute_dtype = dtype_name(compute_dtype)
     dtype, reason = choose_compute_dtype(compute_dtype)
-    directory = resolve_model(str(model))
-    spec = spec_from_config(read_config(directory))
-    if quantize is None:
-        checkpoint = Checkpoint.open(directory)
+    path = resolve_model(str(model))
+    checkpoint: Weights
+    if is_gguf(path):
+        refuse_quantizing(path, quantize)
+        directory, checkpoint = open_gguf(path)
+        spec = spec_from_config(read_config(directory))
     else:
-        checkpoint = cached_checkpoint(directory, quantize)
-    decoder = Decoder(spec, checkpoint, dtype, reason, directory)
+        directory, spec = path, spec_from_config(read_config(path))
+        checkpoint = (
+            Checkpoint.open(path) if quantize is None else cached_checkpoint(path, quantize)
+        )
+    decoder = Decoder(spec, checkpoint, dtype, reason, directory, path=path)
     decoder.resident_weights = resident_weights
     decoder.residency = limit_resident(decoder, resident_weights)
     return decoder

@@ -64,11 +64,7 @@ class Metadata(Mapping[str, Any]):
         self._path, self._values = path, values
 
     def __getitem__(self, key: str) -> Any:
-        """A number, a boolean, a string, or a list of one kind of these.
-
-        Raises:
-            ModelError: a string of an array is not text.
-        """
+        """A number, a boolean, a string, or a list of one kind of these."""
         value = self._values[key]
         return self._read(key, value) if isinstance(value, _Array) else value
 

@@ -30,6 +30,7 @@ COMMANDS = {
     "data": "look at a data set before training on it: `data check`",
     "plan": "what a run will need, before it runs",
     "quantize": "write a quantised copy of a model: 8 or 4 bits per weight",
+    "merge": "fold an adapter into its model's weights",
     "info": "what a model directory holds",
     "bench": "measure memory and time; the paper's tables, peers, reports",
 }

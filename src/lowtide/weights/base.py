@@ -39,10 +39,12 @@ class Weights(ABC):
 
     Attributes:
         kind: of files, as people call it.
+        is_plain: whether they are safetensors files with every tensor as it is.
         files: that are mapped.
     """
 
     kind: str
+    is_plain: bool
 
     def __init__(self, files: Sequence[Path]) -> None:
         """Note what the files are now; they have just been mapped."""

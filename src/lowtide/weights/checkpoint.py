@@ -45,6 +45,7 @@ class Checkpoint(Weights):
         super().__init__(files)
         self.directory = directory
         self.storage = storage
+        self.is_plain = storage is None
         self._tensors = tensors
 
     @classmethod

@@ -22,7 +22,7 @@ from lowtide.weights.gguf.weights import GgufWeights, Stored
 from .entry import ROPE_TENSORS
 from .tensors import row_order
 
-TENSORS_FILE, SUMS_FILE = "gguf_tensors.json", "gguf_unpacked.json"
+TENSORS_FILE, SUMS_FILE = "gguf.tensors", "gguf.sums"
 _FORMAT = 1
 _OTHERS = {
     "adapter": "a LoRA adapter, not a model. Give the model that it was made for",

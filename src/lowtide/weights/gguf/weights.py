@@ -36,6 +36,7 @@ class GgufWeights(Weights):
     """Tensors on the mapped parts of a model."""
 
     kind = "GGUF"
+    is_plain = False
 
     def __init__(
         self, file: GgufFile, stored: Mapping[str, Stored], ignored: Iterable[str] = ()

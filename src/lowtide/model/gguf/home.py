@@ -77,7 +77,7 @@ def _home(file: GgufFile) -> Path:
     refuse_others(file)
     home = cache_root() / "gguf" / f"{file.path.stem[:80]}-{_key(file)[:16]}"
     if not is_whole(home):
-        _unpack_in_child(file.path, home)
+        unpack_in_child(file.path, home)
     return home
 
 
@@ -119,7 +119,16 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _unpack_in_child(path: Path, home: Path) -> None:
+def unpack_in_child(path: Path, home: Path) -> None:
+    """Write what a file says into a directory, in a process that takes its memory with it.
+
+    Args:
+        path: the GGUF file.
+        home: the directory; what it held is replaced.
+
+    Raises:
+        LowtideError: as `unpack` raised it there, or the child was stopped.
+    """
     child = subprocess.run(
         [sys.executable, "-P", "-m", "lowtide.model.gguf.unpack", str(path), str(home)],
         stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""Made-up GGUF files: any config, any type for each matrix; and the model of what they unpack to."""
+"""Made-up GGUF files, any type for each matrix; and the model of what they unpack to."""
 
 from __future__ import annotations
 

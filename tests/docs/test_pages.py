@@ -7,6 +7,7 @@ in the Makefile instead: they set up an environment, and `.ci/run` runs them.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -15,9 +16,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from lowtide.demo.assets import asset_dir
 from lowtide.demo.household import write_data
+from lowtide.export.gguf_model import write_gguf
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -46,6 +49,9 @@ def workplace(tmp_path: Path) -> Path:
         shutil.copytree(asset_dir(), tmp_path / name)
     data = write_data(tmp_path / "data")
     shutil.copy(data / "train.jsonl", tmp_path / "my-data.jsonl")
+    config = json.loads((asset_dir() / "config.json").read_text())
+    tensors = load_file(asset_dir() / "model.safetensors")
+    write_gguf(tmp_path / "model-q8_0.gguf", config, tensors.__getitem__, "q8_0", {})
     return tmp_path
 
 

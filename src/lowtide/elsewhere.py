@@ -31,6 +31,7 @@ ELSEWHERE = {
     "adam_epsilon": "adam_eps",
     "lora_plus_ratio": "loraplus_lr_ratio",
     "loraplus_ratio": "loraplus_lr_ratio",
+    "full_determinism": "deterministic",
     "patience": "early_stopping_patience",
     "early_stopping_threshold": "early_stopping_min_delta",
 }

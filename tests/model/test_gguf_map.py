@@ -26,9 +26,18 @@ CASES = [
     for place in range(len(family.examples))
 ]
 REFUSED = {
+    ("gemma2", 0): "query_pre_attn_scalar = 9",
+    ("gemma2", 1): "attn_logit_softcapping = null",
+    ("gemma3", 0): "query_pre_attn_scalar = 20",
+    ("gemma3_text", 0): "query_pre_attn_scalar = 9",
     ("mistral", 0): "sliding_window = 5",
-    ("qwen2", 1): "sliding_window = 7",
+    ("olmo2", 0): "tie_word_embeddings = True",
+    ("olmo2", 1): "attention_bias = True",
+    ("phi3", 1): "sliding_window = 9",
+    ("qwen2", 0): "head_dim = 6: 5 heads of it are 30 columns, and hidden_size = 45",
+    ("qwen2", 1): "head_dim = 10: 6 heads of it are 60 columns, and hidden_size = 54",
     ("qwen3", 1): "attention_bias = True",
+    ("smollm3", 1): "sliding_window = 8, no_rope_layers = [0, 1, 0]",
 }
 """Examples with what llama.cpp has no word for, and what is said of it."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_recipe_curves import difference
+from test_recipe_curves import DATA, MODELS, compared, difference
 
 KINDS: dict[str, dict[str, Any]] = {
     "dora": {"use_dora": True},
@@ -30,3 +30,11 @@ def test_curves_are_pefts(kind: str, model: Path, data: Path, tmp_path: Path) ->
     )  # fmt: skip
     assert off < 2e-5, off  # some float32 roundings of a loss of 5, grown over 12 updates
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("data", list(DATA))
+@pytest.mark.parametrize("model", list(MODELS))
+def test_curves_on_real_text_are_pefts(model: str, data: str, kind: str, tmp_path: Path) -> None:
+    compared(model, data, "adamw", "cosine", tmp_path, **KINDS[kind])

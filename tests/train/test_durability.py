@@ -32,7 +32,7 @@ class Run:
 
     def __init__(self, root: Path) -> None:
         given = {"model": "-", "data": "-", "adapter_path": str(root), "keep_checkpoints": 2}
-        self.identity = Identity(build(TrainSettings, given), {"model": "m"})
+        self.identity = Identity(build(TrainSettings, given), {"model": "m"}, {"tiles": "full"})
         self.root = root
         self.promised = -1
         """Of the last step whose save has returned, with its files in place."""

@@ -251,7 +251,7 @@ def test_another_version_or_other_arithmetic_is_told(
     monkeypatch.setattr(lt, "__version__", "0.9.9")
     with pytest.raises(OutputError, match=r"by lowtide 0\.1\.0; this is 0\.9\.9.*--resume-anyway"):
         lt.train(adapter_path=out, resume=True, iters=5)
-    now = fingerprint.arithmetic()
+    now = fingerprint.arithmetic("full")
     monkeypatch.setattr(fingerprint.torch, "__version__", "9.0.0")
     with pytest.warns(LowtideWarning) as told:
         lt.train(adapter_path=out, resume=True, iters=5, resume_anyway=True)

@@ -32,7 +32,7 @@ state = {
 }
 adapter = lt.Adapter(lt.LoraConfig(r=64), parameters)
 settings = build(TrainSettings, {"model": "-", "data": "-", "adapter_path": str(root)})
-run_dir = RunDir(root, Identity(settings, {}))
+run_dir = RunDir(root, Identity(settings, {}, {}))
 position = {"epoch": 0, "offset": 0}
 run_dir.save(adapter, state, position, History())
 run_dir.confirm()

@@ -10,7 +10,7 @@ import torch
 
 import lowtide
 from lowtide.model.decoder import Decoder
-from lowtide.ops.products import onednn_is_faster
+from lowtide.ops.products import goes_to_onednn
 
 _SAMPLES, _SAMPLE_BYTES = 256, 4096
 
@@ -42,13 +42,21 @@ def model_fingerprint(model: Decoder) -> str:
     return digest.hexdigest()
 
 
-def arithmetic() -> dict[str, str]:
-    """What rounding depends on beside the run's settings: where it changes, so do last digits."""
+def arithmetic(tiles: str) -> dict[str, str]:
+    """What rounding depends on beside the run's settings: where it changes, so do last digits.
+
+    Args:
+        tiles: their size, which a memory budget may have chosen.
+
+    Returns:
+        Words by what they are of, as they are in this process now.
+    """
     return {
         "torch": torch.__version__,
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
-        "products": "oneDNN" if onednn_is_faster() else "torch",
+        "products": "oneDNN" if goes_to_onednn() else "torch",
+        "tiles": tiles,
     }
 
 

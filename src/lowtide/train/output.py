@@ -60,6 +60,8 @@ def check_output(directory: Path, replaced: bool) -> None:
             f"--adapter-path {directory}: {existing} is a file, so no directory can be made in "
             "it. Choose another."
         )
+    if os.statvfs(existing).f_flag & os.ST_RDONLY:
+        raise unwritable(directory, OSError(errno.EROFS, os.strerror(errno.EROFS)))
     if not os.access(existing, os.W_OK | os.X_OK):
         raise OutputError(
             f"--adapter-path {directory}: {existing} cannot be written. Choose a directory that "
@@ -147,10 +149,12 @@ def unwritable(directory: Path, error: OSError) -> OutputError:
     return OutputError(f"--adapter-path {directory} cannot be written: {error.strerror}. {remedy}")
 
 
+_GONE = "The directory or its disk is gone; see that it is there."
 _REMEDIES = {
     errno.ENOSPC: "Free some space, or choose a directory on another disk.",
     errno.EDQUOT: "Free some space, or choose a directory on another disk.",
     errno.EACCES: "Choose a directory that you own.",
     errno.EPERM: "Choose a directory that you own.",
-    errno.ENOENT: "The directory or its disk is gone; see that it is there.",
+    errno.EROFS: "Its disk is mounted read-only: mount it for writing, or choose another.",
+    **dict.fromkeys((errno.ENOENT, errno.ENODEV, errno.ESTALE, errno.EIO, errno.ENOTCONN), _GONE),
 }

@@ -18,7 +18,7 @@ from lowtide.config import build, flag
 from lowtide.errors import ConfigError, DataError, LowtideWarning, ModelError, OutputError, listed
 
 from .checkpoints import Checkpoint, Checkpoints
-from .fingerprint import arithmetic, version
+from .fingerprint import version
 from .settings import TrainSettings
 
 _OF_THE_COMMAND = ("resume", "resume_anyway", "overwrite")
@@ -174,15 +174,33 @@ def check_same(
             )
 
 
-def warn_of_arithmetic(resumption: Resumption) -> None:
-    """Say it where last digits will differ from those of a run that was not interrupted."""
-    held, now = resumption.checkpoint.state.arithmetic, arithmetic()
-    changed = [
-        f"{key} {held.get(key)} then, {now[key]} now" for key in now if held.get(key) != now[key]
-    ]
+def check_arithmetic(
+    resumption: Resumption, settings: TrainSettings, now: Mapping[str, str]
+) -> None:
+    """Say it where last digits will differ from those of a run that was not interrupted.
+
+    Args:
+        resumption: where it goes on.
+        settings: whether such a run may go on.
+        now: what `fingerprint.arithmetic` says.
+
+    Raises:
+        ConfigError: the run promised to be the same.
+    """
+    held = resumption.checkpoint.state.arithmetic
+    changed = "; ".join(
+        f"{key} {held[key]} then, {now[key]} now"
+        for key in now
+        if held.get(key, now[key]) != now[key]
+    )
+    if changed and settings.deterministic and not settings.resume_anyway:
+        raise ConfigError(
+            f"the run in {settings.adapter_path} is --deterministic, and its last digits would "
+            f"change: {changed}. Go on where it began, or all the same with --resume-anyway."
+        )
     if changed:
         warnings.warn(
-            f"the run goes on, but not bit for bit as it would have: {'; '.join(changed)}.",
+            f"the run goes on, but not bit for bit as it would have: {changed}.",
             LowtideWarning,
             stacklevel=2,
         )

@@ -21,7 +21,8 @@ from lowtide.model.decoder import Decoder, load_model
 from lowtide.model.threads import set_threads
 
 from .budget import within_budget
-from .fingerprint import model_fingerprint
+from .determinism import pinned
+from .fingerprint import arithmetic, model_fingerprint
 from .groups import Groups
 from .history import TrainResult
 from .looking import check_manners, check_samples
@@ -32,7 +33,7 @@ from .order import batches_in_pass, check_batches, largest_batch
 from .output import check_output, check_space, made_directory
 from .recipe import check_recipe
 from .rehearsal import has_validation, rehearse
-from .resume import check_same, find, settle, warn_of_arithmetic
+from .resume import check_arithmetic, check_same, find, settle
 from .run_dir import Identity, RunDir
 from .schedule import Schedule, updates_of
 from .settings import DataSettings, ModelSettings, TrainSettings, check_step
@@ -67,6 +68,7 @@ def train(
     settings = settle(given) if settings is None else build(TrainSettings, asdict(settings))
     observer = observer or Quiet()
     check_supported(settings)
+    settings = pinned(settings)
     directory = Path(settings.adapter_path).expanduser()
     check_output(directory, settings.overwrite or settings.resume)
     if settings.dry_run:
@@ -91,7 +93,6 @@ def _train_in(
     Groups(settings, adapter.parameters)  # refuses names that no parameter has
     fingerprints: dict[str, str | None] = {"model": model_fingerprint(model)}
     if resumed is not None:
-        warn_of_arithmetic(resumed)
         check_same(resumed, settings, fingerprints)
         observer.on_resume(resumed)
     observer.on_model(model, adapter)
@@ -114,12 +115,15 @@ def _train_in(
         accumulates=settings.accumulates,
     )
     method = get_method(settings.method, fitting)
+    identity = Identity(settings, fingerprints, arithmetic(fitting.tiles))
     trainer = Trainer(model, adapter, method, replace(settings, iters=iters), guard, stop)
-    found = None if resumed is None else resumed.checkpoint
-    if found is not None:
+    found = None
+    if resumed is not None:
+        check_arithmetic(resumed, settings, identity.arithmetic)
+        found = resumed.checkpoint
         trainer.resume(found)
     observer.on_start(iters, None if guard is None else guard.budget_bytes)
-    with closing(RunDir(directory, Identity(settings, fingerprints), found)) as run_dir:
+    with closing(RunDir(directory, identity, found)) as run_dir:
         with watched(run_dir, trainer, report, observer) as watchers:
             result = trainer.run(train_set, valid_set, run_dir, watchers)
             watchers.end(result)

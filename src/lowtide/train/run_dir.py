@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -15,14 +17,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from lowtide.errors import LowtideWarning
+from lowtide.errors import LowtideWarning, TrainingError
 from lowtide.export.peft import CONFIG_FILE, WEIGHTS_FILE
 from lowtide.model.adapter import Adapter
 from lowtide.settings_file import to_yaml
 from lowtide.weights.writer import link_atomically, sync_directory, write_atomically
 
 from .checkpoints import FOLDER, Checkpoint, Checkpoints, RunState, file_checksum
-from .fingerprint import arithmetic
 from .history import History
 from .output import BEST_FOLDER, EVENTS_FILE, HIDDEN, METRICS_FILE, SETTINGS_FILE, unwritable
 from .settings import TrainSettings
@@ -34,6 +35,7 @@ class Identity:
 
     settings: TrainSettings
     fingerprints: dict[str, str | None]
+    arithmetic: dict[str, str]
 
     @property
     def base_model(self) -> str:
@@ -75,6 +77,7 @@ class RunDir:
         self._hidden: Path | None = None
         try:
             directory.mkdir(parents=True, exist_ok=True)
+            self._place = _place(directory)
             if resumed is None:
                 self._hidden = Path(tempfile.mkdtemp(prefix=HIDDEN, dir=directory))
             else:
@@ -140,8 +143,11 @@ class RunDir:
 
         Raises:
             OutputError: the disk is full; the checkpoints before are still in place.
+            TrainingError: a value of the adapter is not finite, though a loss may be.
         """
+        _require_finite(adapter)
         try:
+            self._check_place()
             state = RunState(
                 step=history.step,
                 order=order,
@@ -149,7 +155,7 @@ class RunDir:
                 metrics_bytes=self._sync_metrics(),
                 settings=asdict(self._identity.settings),
                 fingerprints=self._identity.fingerprints,
-                arithmetic=arithmetic(),
+                arithmetic=self._identity.arithmetic,
             )
             self._checkpoints.write(adapter, self._identity.base_model, optimizer, state)
         except OSError as error:
@@ -157,6 +163,11 @@ class RunDir:
         best = history.best_step == history.step
         self._pending = _Pending(history.step, best, self.saved_step)
         self.saved_step = history.step
+
+    def _check_place(self) -> None:
+        """Notice that a disk is gone, before its mount point is written to in its stead."""
+        if _place(self.directory) != self._place:
+            raise FileNotFoundError(errno.ENOENT, "another directory lies there now")
 
     def _sync_metrics(self) -> int:
         """Flush metrics.jsonl to the disk, so that a checkpoint never has more steps than it."""
@@ -174,6 +185,7 @@ class RunDir:
             return
         step = self._pending.step
         try:
+            self._check_place()
             if self._hidden is not None:
                 self._move_in(self._hidden)
                 self._hidden = None
@@ -239,6 +251,7 @@ class RunDir:
             OutputError: the disk is full.
         """
         try:
+            self._check_place()
             with open(self._root / name, "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
         except OSError as error:
@@ -252,6 +265,23 @@ class _Pending(NamedTuple):
     best: bool
     before: int | None
     """The step that was saved before it."""
+
+
+def _place(directory: Path) -> tuple[int, int]:
+    """What tells a directory from another of the same name."""
+    found = os.stat(directory)
+    return found.st_dev, found.st_ino
+
+
+def _require_finite(adapter: Adapter) -> None:
+    """An infinite value may hide behind a finite loss; nobody could use such an adapter."""
+    for name, parameter in adapter.items():
+        low, high = parameter.aminmax()  # NaN where any element is
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise TrainingError(
+                f"{name} has values that are not finite. Lower --learning-rate, or clip with "
+                "--max-grad-norm."
+            )
 
 
 def _end_last_line(path: Path) -> None:

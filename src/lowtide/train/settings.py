@@ -179,6 +179,11 @@ class TrainSettings(
     seed: int = setting(
         0, help="seed of initialisation, order, dropout and noise", minimum=0, maximum=MAX_SEED
     )
+    deterministic: bool = setting(
+        False,
+        help="the same bytes on any number of cores: one thread unless --threads says how many, "
+        "torch's own products, and --resume only with the same arithmetic",
+    )
     neftune_noise_alpha: float | None = setting(
         None,
         help="NEFTune: uniform noise on the embeddings in training; usual are 5 to 15",

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lowtide.errors import ModelError
+from lowtide.model.gguf.entry import Gguf, MetadataReader
 from lowtide.model.spec import SANDWICH_NORMS, LayerSpec, ModelSpec, RopeSpec
 
 from .common import (
@@ -160,6 +161,69 @@ def gemma3_spec(raw: Mapping[str, Any]) -> ModelSpec:
     return gemma3_text_spec({**outer, **text, "model_type": raw["model_type"]})
 
 
+def _read(reader: MetadataReader) -> dict[str, Any]:
+    return {"hidden_act": GELU_TANH[0]}
+
+
+def _scalar(reader: MetadataReader, widest: int) -> dict[str, Any]:
+    """llama.cpp knows the scale of scores by the number of layers: the widest model's differs."""
+    heads = reader.integer("attention.head_count", 1)
+    usual = reader.integer("embedding_length", 1) // heads
+    if reader.integer("block_count", 1) != widest:
+        usual = reader.integer("attention.key_length", usual)
+    return {"query_pre_attn_scalar": usual}
+
+
+def _read2(reader: MetadataReader) -> dict[str, Any]:
+    """A file that does not say a cap means the family's."""
+    return {
+        **_scalar(reader, 46),
+        "sliding_window": reader.integer("attention.sliding_window", 4096),
+        "attn_logit_softcapping": reader.number("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": reader.number("final_logit_softcapping", 30.0),
+    }
+
+
+def _write2(spec: ModelSpec) -> dict[str, Any]:
+    window = max(layer.window for layer in spec.layers)
+    caps = {
+        "attn_logit_softcapping": spec.attention_softcap,
+        "final_logit_softcapping": spec.logit_softcap,
+    }
+    return {
+        "attention.sliding_window": window or spec.max_positions,
+        **{name: cap for name, cap in caps.items() if cap},
+    }
+
+
+def _read3(reader: MetadataReader) -> dict[str, Any]:
+    """A file without a window has none."""
+    window = int(reader.optional("attention.sliding_window"))
+    layers = reader.integer("block_count", 1)
+    pattern = reader.integer("attention.sliding_window_pattern", 6)
+    kinds = [bool(window) and (layer + 1) % pattern != 0 for layer in range(layers)]
+    return {
+        **_scalar(reader, 62),
+        "sliding_window": window or None,
+        "layer_types": ["sliding_attention" if one else "full_attention" for one in kinds],
+        "rope_local_base_freq": reader.number("rope.freq_base_swa", 10_000.0),
+        "final_logit_softcapping": reader.optional("final_logit_softcapping") or None,
+    }
+
+
+def _write3(spec: ModelSpec) -> dict[str, Any]:
+    windows = [layer.window for layer in spec.layers]
+    full = [layer for layer, window in enumerate(windows, 1) if not window]
+    keys: dict[str, Any] = {"rope.freq_base_swa": spec.ropes[1].theta}
+    if any(windows):
+        keys["attention.sliding_window"] = max(windows)
+        keys["attention.sliding_window_pattern"] = full[0] if full else len(windows) + 1
+    if spec.logit_softcap:
+        keys["final_logit_softcapping"] = spec.logit_softcap
+    return keys
+
+
+GEMMA3_GGUF = Gguf("gemma3", "gemma3_text", _read3, _write3)
 GEMMA = Family(
     gemma_spec,
     (
@@ -175,6 +239,7 @@ GEMMA = Family(
             rope_theta=2e4,
         ),
     ),
+    Gguf("gemma", "gemma", _read),
 )
 GEMMA2 = Family(
     gemma2_spec,
@@ -201,6 +266,7 @@ GEMMA2 = Family(
             layer_types=["full_attention", "sliding_attention"],
         ),
     ),
+    Gguf("gemma2", "gemma2", _read2, _write2),
 )
 GEMMA3_TEXT = Family(
     gemma3_text_spec,
@@ -228,6 +294,7 @@ GEMMA3_TEXT = Family(
             rope_scaling={"rope_type": "linear", "factor": 8.0},
         ),
     ),
+    GEMMA3_GGUF,
 )
 GEMMA3 = Family(
     gemma3_spec,
@@ -244,4 +311,5 @@ GEMMA3 = Family(
             ),
         },
     ),
+    GEMMA3_GGUF,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lowtide.model.gguf.entry import FREQUENCY_FACTORS, Gguf, MetadataReader
 from lowtide.model.spec import ModelSpec
 
 from .common import Family, biased, decoder_spec, one_rope, read_sizes, tiny
@@ -29,6 +30,26 @@ def granite_spec(raw: Mapping[str, Any]) -> ModelSpec:
         residual_scale=reader.number("residual_multiplier", 1.0),
         logit_scale=1.0 / reader.number("logits_scaling", 1.0),
     )
+
+
+def _read(reader: MetadataReader) -> dict[str, Any]:
+    """A file without a scale of scores means the usual one."""
+    head_dim = reader.integer("attention.key_length", 1)
+    return {
+        "attention_multiplier": reader.optional("attention.scale") or head_dim**-0.5,
+        "embedding_multiplier": reader.optional("embedding_scale") or 1.0,
+        "residual_multiplier": reader.optional("residual_scale") or 1.0,
+        "logits_scaling": reader.optional("logit_scale") or 1.0,
+    }
+
+
+def _write(spec: ModelSpec) -> dict[str, Any]:
+    return {
+        "attention.scale": spec.heads(0).scale,
+        "embedding_scale": spec.embedding_scale,
+        "residual_scale": spec.residual_scale,
+        "logit_scale": 1.0 / spec.logit_scale,
+    }
 
 
 GRANITE = Family(
@@ -56,5 +77,14 @@ GRANITE = Family(
             mlp_bias=True,
             tie_word_embeddings=False,
         ),
+    ),
+    Gguf(
+        "granite",
+        "granite",
+        _read,
+        _write,
+        pairs=True,
+        biases=("attention_bias", "mlp_bias"),
+        rope_tensors=(FREQUENCY_FACTORS,),
     ),
 )

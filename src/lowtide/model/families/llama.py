@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lowtide.model.gguf.entry import ROPE_TENSORS, Gguf
+from lowtide.model.gguf.entry import FREQUENCY_FACTORS, Gguf
 from lowtide.model.spec import SEPARATE, ModelSpec
 
 from .common import Family, biased, decoder_spec, one_rope, read_sizes, tiny
@@ -37,7 +37,7 @@ LLAMA_GGUF = Gguf(
     "llama",
     pairs=True,
     biases=("attention_bias", "mlp_bias"),
-    rope_tensors=ROPE_TENSORS,
+    rope_tensors=(FREQUENCY_FACTORS,),
 )
 LLAMA = Family(
     llama_spec,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lowtide.model.gguf.entry import Gguf
 from lowtide.model.spec import POST_NORMS, ModelSpec
 
 from .common import Family, biased, decoder_spec, one_rope, read_sizes, tiny
@@ -43,4 +44,5 @@ OLMO2 = Family(
             rope_theta=5e5,
         ),
     ),
+    Gguf("olmo2", "olmo2", square=True, needs_head=True),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lowtide.model.gguf.entry import LONG_FACTORS, SHORT_FACTORS, Gguf, MetadataReader
 from lowtide.model.spec import LayerSpec, ModelSpec, Projection
 
 from .common import Family, decoder_spec, one_rope, read_sizes, tiny
@@ -40,6 +41,16 @@ def phi3_spec(raw: Mapping[str, Any]) -> ModelSpec:
     )
 
 
+def _read(reader: MetadataReader) -> dict[str, Any]:
+    """Files name the window that the model was trained with, though llama.cpp ignores it."""
+    return {
+        "sliding_window": int(reader.optional("attention.sliding_window")) or None,
+        "original_max_position_embeddings": reader.integer(
+            "rope.scaling.original_context_length", reader.integer("context_length")
+        ),
+    }
+
+
 PHI3 = Family(
     phi3_spec,
     (
@@ -68,4 +79,5 @@ PHI3 = Family(
             tie_word_embeddings=False,
         ),
     ),
+    Gguf("phi3", "phi3", _read, square=True, rope_tensors=(SHORT_FACTORS, LONG_FACTORS)),
 )

@@ -45,5 +45,5 @@ QWEN2 = Family(
             max_window_layers=1,
         ),
     ),
-    Gguf("qwen2", "qwen2"),
+    Gguf("qwen2", "qwen2", square=True),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lowtide.model.gguf.entry import Gguf
 from lowtide.model.spec import ModelSpec
 
 from .common import Family, biased, decoder_spec, one_rope, read_sizes, switched_windows, tiny
@@ -60,4 +61,5 @@ SMOLLM3 = Family(
             rope_scaling={"type": "dynamic", "factor": 2.0},
         ),
     ),
+    Gguf("smollm3", "smollm3", pairs=True),  # where every fourth layer does not rotate
 )

@@ -15,8 +15,8 @@ from lowtide.model.spec import ModelSpec
 
 FREQUENCY_FACTORS = "rope_freqs.weight"
 SHORT_FACTORS, LONG_FACTORS = "rope_factors_short.weight", "rope_factors_long.weight"
+# Tensors that no product reads: what each frequency of the rotary angles is divided by.
 ROPE_TENSORS = (FREQUENCY_FACTORS, SHORT_FACTORS, LONG_FACTORS)
-"""Tensors that no product reads: what each frequency of the rotary angles is divided by."""
 
 
 class Gguf(NamedTuple):
@@ -30,7 +30,10 @@ class Gguf(NamedTuple):
         pairs: whether rows of q and k are stored in the order in which neighbours are rotated
             together, and not one half of a head with the other.
         biases: flags of config.json that put biases on projections, as far as llama.cpp adds them.
-        rope_tensors: of ROPE_TENSORS, those that llama.cpp reads.
+        rope_tensors: of FREQUENCY_FACTORS, SHORT_FACTORS and LONG_FACTORS, those that llama.cpp
+            reads.
+        square: whether q must be as wide as the residual stream.
+        needs_head: whether a head that is the embedding is not known.
     """
 
     architecture: str
@@ -40,6 +43,8 @@ class Gguf(NamedTuple):
     pairs: bool = False
     biases: tuple[str, ...] = ()
     rope_tensors: tuple[str, ...] = ()
+    square: bool = False
+    needs_head: bool = False
 
 
 class MetadataReader:

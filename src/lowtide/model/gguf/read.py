@@ -109,7 +109,7 @@ def _shared(reader: MetadataReader, entry: Gguf) -> dict[str, Any]:
         "head_dim": head_dim,
         "max_position_embeddings": reader.integer("context_length"),
         "rms_norm_eps": reader.number("attention.layer_norm_rms_epsilon"),
-        "tie_word_embeddings": "output.weight" not in reader.shapes,
+        "tie_word_embeddings": "output.weight" not in reader.shapes and not entry.needs_head,
     }
     for flag, name in (("attention_bias", "attn_output"), ("mlp_bias", "ffn_down")):
         if flag in entry.biases:

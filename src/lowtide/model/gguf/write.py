@@ -25,7 +25,13 @@ from .tensors import GgufTensor, entry_for, tensors_of
 _TOLERANCE = 1e-6  # of numbers that a file keeps in float32
 _FIELDS = {
     "layers": ("sliding_window", "layer_types", "sliding_window_pattern", "no_rope_layers"),
-    "ropes": ("rope_scaling", "rope_parameters", "rope_theta", "rope_local_base_freq"),
+    "ropes": (
+        "rope_scaling",
+        "rope_parameters",
+        "rope_theta",
+        "rope_local_base_freq",
+        "partial_rotary_factor",
+    ),
     "biased": ("attention_bias", "mlp_bias"),
     "tied_head": ("tie_word_embeddings",),
     "attention_scale": ("query_pre_attn_scalar", "attention_multiplier"),
@@ -77,6 +83,14 @@ def gguf_model(config: Mapping[str, Any]) -> GgufModel:
             f"llama.cpp's architecture {entry.architecture!r} has no place for these tensors:\n"
             f"{listed(homeless)}\n{_field('tied_head', config)} in config.json asks for them; "
             "nothing was written."
+        )
+    if entry.square and spec.q_width != spec.hidden_size:
+        raise _inexpressible(
+            entry.architecture,
+            [
+                f"head_dim = {spec.head_dim}: {spec.num_heads} heads of it are {spec.q_width} "
+                f"columns, and hidden_size = {spec.hidden_size} (expected the same)"
+            ],
         )
     vectors = _rope_vectors(spec.ropes[0], spec.head_dim, entry)
     keys = {**_shared(spec), **_scaling(spec.ropes[0]), **entry.write(spec)}
@@ -152,20 +166,26 @@ def _refuse_what_is_lost(config: Mapping[str, Any], spec: ModelSpec, model: Gguf
     )
     lost = [name for name in vars(spec) if not _same(name, spec, _without_idle_windows(again))]
     if lost:
-        problems = [_field(name, config) for name in lost]
-        raise ModelError(
-            f"llama.cpp cannot express this model: its architecture {model.architecture!r} has no "
-            f"word for\n{listed(problems)}\nNothing was written. If a field makes no difference to "
-            "how you use the model (a window longer than your texts), set it to null in a copy of "
-            "the directory."
-        )
+        raise _inexpressible(model.architecture, [_field(name, config) for name in lost])
+
+
+def _inexpressible(architecture: str, problems: Sequence[str]) -> ModelError:
+    return ModelError(
+        f"llama.cpp cannot express this model: its architecture {architecture!r} has no word for\n"
+        f"{listed(problems)}\nNothing was written. If a field makes no difference to how you use "
+        "the model (a window longer than your texts), set it to null in a copy of the directory."
+    )
 
 
 def _field(name: str, config: Mapping[str, Any]) -> str:
     """What config.json says of a field of `ModelSpec`."""
     fields = {**config, **(config.get("text_config") or {})}
     known = _FIELDS.get(name, (name,))
-    said = [f"{one} = {shown(fields[one])}" for one in known if fields.get(one) is not None]
+    said = [
+        f"{one} = {'null' if fields[one] is None else shown(fields[one])}"
+        for one in known
+        if one in fields
+    ]
     return ", ".join(said) or f"{' or '.join(known)} (not in config.json: its default)"
 
 
@@ -174,10 +194,14 @@ def _same(name: str, spec: ModelSpec, again: ModelSpec) -> bool:
     if name in ("model_type", "noise_scale"):
         return True
     if name == "layers":
-        return [layer.window for layer in spec.layers] == [layer.window for layer in again.layers]
+        return _what_layers_do(spec) == _what_layers_do(again)
     if name == "ropes":
         pairs = zip(_rope_of_layers(spec), _rope_of_layers(again), strict=True)
-        return all(_same_angles(one, other, spec.head_dim) for one, other in set(pairs))
+        return all(
+            _same_angles(one, other, spec.head_dim)
+            for one, other in set(pairs)
+            if one is not None and other is not None  # else `layers` differ
+        )
     ours, theirs = getattr(spec, name), getattr(again, name)
     if name == "attention_scale":
         usual = spec.head_dim**-0.5
@@ -187,14 +211,17 @@ def _same(name: str, spec: ModelSpec, again: ModelSpec) -> bool:
     return bool(ours == theirs)
 
 
+def _what_layers_do(spec: ModelSpec) -> list[tuple[int, bool]]:
+    """The window of each layer, and whether it rotates."""
+    return [(layer.window, layer.rope is None) for layer in spec.layers]
+
+
 def _rope_of_layers(spec: ModelSpec) -> list[RopeSpec | None]:
     return [None if layer.rope is None else spec.ropes[layer.rope] for layer in spec.layers]
 
 
-def _same_angles(one: RopeSpec | None, other: RopeSpec | None, head_dim: int) -> bool:
+def _same_angles(one: RopeSpec, other: RopeSpec, head_dim: int) -> bool:
     """Whether two tables hold the same angles, however they are described."""
-    if one is None or other is None:
-        return one is other
     if (one.rotated or head_dim) != (other.rotated or head_dim):
         return False
     if one.depends_on_length != other.depends_on_length or (

@@ -6,6 +6,7 @@ the repository.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -278,3 +279,19 @@ def test_merges_of_scores_are_transformers() -> None:
     scores = [0.0, 0.0, -3.0, -1.0, -1.0, -7.0, -2.0, -5.0, -5.0, -4.0]
     theirs = generate_merges(ids, dict(zip(pieces, scores, strict=True)))
     assert merges_by_score(ids, scores) == [list(merge[:2]) for merge in theirs]
+
+
+ODD = (True, "x", 2.5, [], ["a"], {"a": 1})
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen2"])
+def test_odd_values_are_read_or_refused(name: str, tmp_path: Path) -> None:
+    """Every key with every odd value: a tokenizer or a `ModelError`, when written or loaded."""
+    metadata = metadata_of(name, tmp_path)
+    plain = {key: value for key, value in metadata.items() if key != PIPELINE_KEY}
+    extra = ("tokenizer.chat_template.x", "tokenizer.ggml.eot_token_id", "general.architecture")
+    for key in (*plain, *extra, "tokenizer.huggingface.json", PIPELINE_KEY):
+        for value in ODD:
+            with contextlib.suppress(ModelError):
+                write_tokenizer({**plain, key: value}, tmp_path)
+                Tokenizer.load(tmp_path).encode("a b")

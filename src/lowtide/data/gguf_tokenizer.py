@@ -9,6 +9,7 @@ its merges, whose pre-tokenizer the file names. What lowtide writes also says, u
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,7 +45,7 @@ class _Vocabulary(NamedTuple):
     """
 
     tokens: list[str]
-    types: list[int]
+    types: list[float]
     ids: dict[str, int]
 
 
@@ -64,7 +65,7 @@ def write_tokenizer(metadata: Mapping[str, Any], directory: Path) -> None:
     if files["tokenizer.json"] is None:
         vocabulary = _read_vocabulary(metadata)
         files["tokenizer.json"] = _tokenizer(metadata, vocabulary)
-    tokens = _plain(metadata.get("tokenizer.ggml.tokens", []))
+    tokens = vocabulary.tokens if vocabulary else _strings(metadata, "tokenizer.ggml.tokens")
     files["tokenizer_config.json"] = _config(metadata, tokens)
     ends = [_id(metadata, role, len(tokens)) for role in _ENDS]
     if any(ends[1:]):
@@ -104,7 +105,7 @@ def _read_vocabulary(metadata: Mapping[str, Any]) -> _Vocabulary:
             f"reads {SENTENCEPIECE!r} and {BYTE_LEVEL!r}. {_REMEDY}"
         )
     tokens = _strings(metadata, "tokenizer.ggml.tokens")
-    types = _plain(metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens)))
+    types = _numbers(metadata, "tokenizer.ggml.token_type", [NORMAL] * len(tokens))
     if len(types) != len(tokens):
         raise ModelError(
             f"the GGUF file has {len(tokens)} tokens (tokenizer.ggml.tokens) and {len(types)} "
@@ -123,15 +124,19 @@ def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
     values = metadata.get(key)
     if values is None:
         raise ModelError(f"the GGUF file's tokenizer lacks {key}. {_REMEDY}")
-    found = list(values)
-    if not all(isinstance(one, str) for one in found):
+    if not isinstance(values, list | tuple) or not all(isinstance(one, str) for one in values):
         raise ModelError(f"the GGUF file's {key} holds what is no text. {_REMEDY}")
-    return found
+    return list(values)
 
 
-def _plain(values: Any) -> list[Any]:
-    """A list, of numpy's arrays too."""
-    return list(values.tolist() if hasattr(values, "tolist") else values)
+def _numbers(metadata: Mapping[str, Any], key: str, usual: Sequence[float]) -> list[float]:
+    values = metadata.get(key, usual)
+    found = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(found, list | tuple) or not all(
+        isinstance(one, int | float) and math.isfinite(one) for one in found
+    ):
+        raise ModelError(f"the GGUF file's {key} holds what is no number. {_REMEDY}")
+    return list(found)
 
 
 def _tokenizer(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> dict[str, Any]:
@@ -265,13 +270,13 @@ def _sentencepiece(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> dict
 
 
 def _scores(metadata: Mapping[str, Any], count: int) -> list[float]:
-    scores = _plain(metadata.get("tokenizer.ggml.scores", []))
+    scores = _numbers(metadata, "tokenizer.ggml.scores", [])
     if len(scores) < count:
         raise ModelError(
             f"the GGUF file has {count} tokens (tokenizer.ggml.tokens) and {len(scores)} scores of "
             f"them (tokenizer.ggml.scores). Download it again. {_REMEDY}"
         )
-    return [float(one) for one in scores]
+    return scores
 
 
 def merges_by_score(ids: Mapping[str, int], scores: Sequence[float]) -> list[list[str]]:

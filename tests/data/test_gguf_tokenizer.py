@@ -6,6 +6,7 @@ the repository.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from small import write_small_tokenizer
 from test_family_tokenizers import AWKWARD, SPECIALS
 from tiny_tokenizer import write_tiny
 
-from lowtide.data.gguf_tokenizer import PIPELINE_KEY, merges_by_score, write_tokenizer
+from lowtide.data.gguf_tokenizer import PIPELINE_KEY, merges_by_score, tokenizer_files
 from lowtide.data.pre_tokenizers import PRE_TOKENIZERS, name_of
 from lowtide.data.tokenizer import Tokenizer
 from lowtide.errors import ModelError
@@ -46,6 +47,11 @@ LLAMA_CPP_DIFFERS = {
     "qwen3": _UNCOMPOSED,
 }
 """Texts that llama.cpp reads in another way than the model's own tokenizer."""
+
+
+def write_tokenizer(metadata: dict[str, Any], directory: Path) -> None:
+    for name, held in tokenizer_files(metadata).items():
+        (directory / name).write_text(json.dumps(held))
 
 
 def back(metadata: dict[str, Any], directory: Path) -> Tokenizer:
@@ -278,3 +284,19 @@ def test_merges_of_scores_are_transformers() -> None:
     scores = [0.0, 0.0, -3.0, -1.0, -1.0, -7.0, -2.0, -5.0, -5.0, -4.0]
     theirs = generate_merges(ids, dict(zip(pieces, scores, strict=True)))
     assert merges_by_score(ids, scores) == [list(merge[:2]) for merge in theirs]
+
+
+ODD = (True, "x", 2.5, [], ["a"], {"a": 1})
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen2"])
+def test_odd_values_are_read_or_refused(name: str, tmp_path: Path) -> None:
+    """Every key with every odd value: a tokenizer or a `ModelError`, when written or loaded."""
+    metadata = metadata_of(name, tmp_path)
+    plain = {key: value for key, value in metadata.items() if key != PIPELINE_KEY}
+    extra = ("tokenizer.chat_template.x", "tokenizer.ggml.eot_token_id", "general.architecture")
+    for key in (*plain, *extra, "tokenizer.huggingface.json", PIPELINE_KEY):
+        for value in ODD:
+            with contextlib.suppress(ModelError):
+                write_tokenizer({**plain, key: value}, tmp_path)
+                Tokenizer.load(tmp_path).encode("a b")

@@ -1,4 +1,4 @@
-"""The tokenizer and the chat template in a GGUF file, written as the files of a model directory.
+"""The tokenizer and the chat template in a GGUF file, as the files of a model directory.
 
 Two kinds are read: SentencePiece's pieces that merge by score, with bytes for what they do not know
 (`tokenizer.ggml.model` is then called after the first model that had it), and byte-level BPE with
@@ -9,8 +9,8 @@ its merges, whose pre-tokenizer the file names. What lowtide writes also says, u
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from lowtide.data.pre_tokenizers import (
@@ -44,34 +44,33 @@ class _Vocabulary(NamedTuple):
     """
 
     tokens: list[str]
-    types: list[int]
+    types: list[float]
     ids: dict[str, int]
 
 
-def write_tokenizer(metadata: Mapping[str, Any], directory: Path) -> None:
-    """Write tokenizer.json, tokenizer_config.json and, where needed, generation_config.json.
+def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The files of a model directory that hold the tokenizer and the chat template.
 
     Args:
         metadata: the keys and values of a GGUF file.
-        directory: where; it exists.
+
+    Returns:
+        What tokenizer.json, tokenizer_config.json and, where needed, generation_config.json hold.
 
     Raises:
         ModelError: the file holds no tokenizer, one of a kind or with a pre-tokenizer that lowtide
             does not know, or one that contradicts itself.
     """
-    files: dict[str, Any] = {"tokenizer.json": _whole(metadata)}
-    vocabulary = None
-    if files["tokenizer.json"] is None:
+    state, vocabulary = _whole(metadata), None
+    if state is None:
         vocabulary = _read_vocabulary(metadata)
-        files["tokenizer.json"] = _tokenizer(metadata, vocabulary)
-    tokens = _plain(metadata.get("tokenizer.ggml.tokens", []))
-    files["tokenizer_config.json"] = _config(metadata, tokens)
+        state = _tokenizer(metadata, vocabulary)
+    tokens = vocabulary.tokens if vocabulary else _strings(metadata, "tokenizer.ggml.tokens")
+    files = {"tokenizer.json": state, "tokenizer_config.json": _config(metadata, tokens)}
     ends = [_id(metadata, role, len(tokens)) for role in _ENDS]
     if any(ends[1:]):
         files["generation_config.json"] = {"eos_token_id": [i for i in ends if i is not None]}
-    for name, content in files.items():
-        text = json.dumps(content, ensure_ascii=False)
-        (directory / name).write_text(text, encoding="utf-8")
+    return files
 
 
 def _whole(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -104,7 +103,7 @@ def _read_vocabulary(metadata: Mapping[str, Any]) -> _Vocabulary:
             f"reads {SENTENCEPIECE!r} and {BYTE_LEVEL!r}. {_REMEDY}"
         )
     tokens = _strings(metadata, "tokenizer.ggml.tokens")
-    types = _plain(metadata.get("tokenizer.ggml.token_type", [NORMAL] * len(tokens)))
+    types = _numbers(metadata, "tokenizer.ggml.token_type", [NORMAL] * len(tokens))
     if len(types) != len(tokens):
         raise ModelError(
             f"the GGUF file has {len(tokens)} tokens (tokenizer.ggml.tokens) and {len(types)} "
@@ -123,15 +122,19 @@ def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
     values = metadata.get(key)
     if values is None:
         raise ModelError(f"the GGUF file's tokenizer lacks {key}. {_REMEDY}")
-    found = list(values)
-    if not all(isinstance(one, str) for one in found):
+    if not isinstance(values, list | tuple) or not all(isinstance(one, str) for one in values):
         raise ModelError(f"the GGUF file's {key} holds what is no text. {_REMEDY}")
-    return found
+    return list(values)
 
 
-def _plain(values: Any) -> list[Any]:
-    """A list, of numpy's arrays too."""
-    return list(values.tolist() if hasattr(values, "tolist") else values)
+def _numbers(metadata: Mapping[str, Any], key: str, usual: Sequence[float]) -> list[float]:
+    values = metadata.get(key, usual)
+    found = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(found, list | tuple) or not all(
+        isinstance(one, int | float) and math.isfinite(one) for one in found
+    ):
+        raise ModelError(f"the GGUF file's {key} holds what is no number. {_REMEDY}")
+    return list(found)
 
 
 def _tokenizer(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> dict[str, Any]:
@@ -265,13 +268,13 @@ def _sentencepiece(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> dict
 
 
 def _scores(metadata: Mapping[str, Any], count: int) -> list[float]:
-    scores = _plain(metadata.get("tokenizer.ggml.scores", []))
+    scores = _numbers(metadata, "tokenizer.ggml.scores", [])
     if len(scores) < count:
         raise ModelError(
             f"the GGUF file has {count} tokens (tokenizer.ggml.tokens) and {len(scores)} scores of "
             f"them (tokenizer.ggml.scores). Download it again. {_REMEDY}"
         )
-    return [float(one) for one in scores]
+    return scores
 
 
 def merges_by_score(ids: Mapping[str, int], scores: Sequence[float]) -> list[list[str]]:
@@ -358,9 +361,9 @@ def _config(metadata: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, Any
             config["bos_token"] = None
     template = metadata.get("tokenizer.chat_template")
     named = [
-        {"name": key.removeprefix("tokenizer.chat_template."), "template": value}
-        for key, value in metadata.items()
-        if key.startswith("tokenizer.chat_template.") and isinstance(value, str)
+        {"name": key.removeprefix("tokenizer.chat_template."), "template": metadata[key]}
+        for key in metadata
+        if key.startswith("tokenizer.chat_template.") and isinstance(metadata[key], str)
     ]
     if isinstance(template, str):
         config["chat_template"] = (

@@ -76,9 +76,9 @@ def compare(
         AdapterError: the adapter cannot be used, or does not fit the base.
     """
     held, decoder = load_model(merged, "float64"), load_model(base, "float64", quantize)
-    if held.checkpoint.storage is not None:
+    if held.storages:
         raise ModelError(
-            f"{merged} is quantised ({held.checkpoint.storage.name}), and its weights are nobody's "
+            f"{merged} is quantised ({', '.join(held.storages)}), and its weights are nobody's "
             "sum any more. Compare the model that it was made of."
         )
     _refuse_other_shapes(held, decoder)

@@ -11,6 +11,7 @@ import torch
 
 from lowtide.errors import LowtideWarning
 from lowtide.model.decoder import load_model
+from lowtide.weights.checkpoint import Checkpoint
 from lowtide.weights.manifest import Manifest
 from lowtide.weights.whole import check_free_space, whole_directory
 from lowtide.weights.writer import write_synced
@@ -105,7 +106,8 @@ def merge(
             LowtideWarning,
             stacklevel=2,
         )
-    manifest = Manifest.find(decoder.checkpoint.directory)
+    held = decoder.checkpoint
+    manifest = Manifest.find(held.directory) if isinstance(held, Checkpoint) else None
     return MergeReport(
         place,
         writer.dtypes(),

@@ -116,7 +116,7 @@ class ModelWriter:
         shapes = self.merged.shapes
         entries: Entries = {name: (self._dtype_of(name), shape) for name, shape in shapes.items()}
         checkpoint = self.model.checkpoint
-        if checkpoint.storage is not None:
+        if not checkpoint.is_plain:
             return _cut(entries)
         shards: dict[str, Entries] = {}
         for path in checkpoint.files:
@@ -159,7 +159,7 @@ class ModelWriter:
     def _config(self) -> bytes:
         """config.json, byte for byte where the weights' dtypes stay."""
         path = self.model.directory / CONFIG_FILE
-        if self.dtype is None and self.model.checkpoint.storage is None:
+        if self.dtype is None and self.model.checkpoint.is_plain:
             return path.read_bytes()
         config = read_config(self.model.directory)
         if STORAGE_KEY in (config.get("quantization_config") or {}):

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import select
 import subprocess
 import sys
 from pathlib import Path
@@ -127,19 +128,35 @@ def test_a_model_without_a_template(talker: Path, monkeypatch: pytest.MonkeyPatc
     assert "Pass one with --chat-template FILE (Jinja), or use `lowtide generate`." in done.err
 
 
-def read_until(terminal: int, text: str) -> str:
-    seen = ""
-    while text not in seen:
-        part = os.read(terminal, 4096).decode(errors="replace")
-        assert part, seen
-        seen += part
-    return seen
+class Terminal:
+    """The user's end of a terminal."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor, self._seen = descriptor, ""
+
+    def until(self, text: str) -> None:
+        """Read up to a text; what follows it is left for the next one."""
+        while text not in self._seen:
+            ready = select.select([self.descriptor], [], [], 60)[0]
+            assert ready, f"nothing more came after {self._seen!r}"
+            self._seen += os.read(self.descriptor, 4096).decode(errors="replace")
+        self._seen = self._seen.partition(text)[2]
+
+    def some(self, count: int) -> None:
+        """Read so many characters, whatever they are."""
+        while len(self._seen) < count:
+            self._seen += os.read(self.descriptor, 4096).decode(errors="replace")
+        self._seen = ""
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path: Path) -> None:
-    # 100,000 tokens would take minutes: the answer ends because it is stopped.
+    # No token ends an answer, and 100,000 would take minutes: it ends because it is stopped.
     model = small.write_small_model(tmp_path / "m", max_position_embeddings=200_000)
-    terminal, inner = pty.openpty()
+    settings = {"chat_template": "{{ messages[-1]['content'] }}"}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert not Tokenizer.load(model).stop_ids
+    outer, inner = pty.openpty()
+    terminal = Terminal(outer)
     arguments: list[Any] = ["chat", "--model", model, "--context", 150_000, "--temperature", 1]
     process = subprocess.Popen(
         small.command(*arguments, "--max-tokens", 100_000),
@@ -148,26 +165,24 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path: Path) -> None:
     )  # fmt: skip
     os.close(inner)
     try:
-        read_until(terminal, "> ")
-        os.write(terminal, b"hello\n")
-        read_until(terminal, "hello\r\n")
-        seen = 0
-        while seen < 300:  # more than what readline sends: the answer has begun
-            seen += len(os.read(terminal, 4096))
-        os.write(terminal, b"\x03")
-        read_until(terminal, "(stopped)")
-        read_until(terminal, "> ")
-        os.write(terminal, b"\x03")
-        read_until(terminal, "(Ctrl-D or /quit ends)")
-        os.write(terminal, b"/reset\n")
-        read_until(terminal, "The conversation begins again.")
-        read_until(terminal, "> ")
-        os.write(terminal, b"\x04")
+        terminal.until("> ")
+        os.write(outer, b"hello\n")
+        terminal.until("hello\r\n")
+        terminal.some(300)  # more than what readline sends: the answer has begun
+        os.write(outer, b"\x03")
+        terminal.until("(stopped)")
+        terminal.until("> ")
+        os.write(outer, b"\x03")
+        terminal.until("(Ctrl-D or /quit ends)")
+        os.write(outer, b"/reset\n")
+        terminal.until("The conversation begins again.")
+        terminal.until("> ")
+        os.write(outer, b"\x04")
         assert process.wait(60) == 0
     finally:
         process.kill()
         process.wait()
-        os.close(terminal)
+        os.close(outer)
 
 
 def test_lines_from_a_pipe(talker: Path) -> None:

@@ -186,8 +186,8 @@ class Decoder:
         Returns:
             Tables of `2 T rotated / 2` elements each.
         """
-        places = torch.cat([torch.arange(length) for length in lengths])
-        own = torch.cat([torch.full((length,), length) for length in lengths])
+        places = torch.cat([torch.arange(length, device="cpu") for length in lengths])
+        own = torch.cat([torch.full((length,), length, device="cpu") for length in lengths])
         return self.positions_at(places, self_segments(lengths), own)
 
     def positions_at(

@@ -96,9 +96,14 @@ class Decoder:
         return [self.embedding, *linears, self.head]
 
     @property
-    def copies_tiles(self) -> bool:
-        """Whether any tile is a copy in the caller's buffer, and not a view of the file."""
-        return any(matrix.copies for matrix in self.matrices)
+    def widens(self) -> bool:
+        """Whether tiles are converted into the caller's buffer, and not views of the file."""
+        return any(matrix.widens for matrix in self.matrices)
+
+    @property
+    def reorders(self) -> bool:
+        """Whether rows of some matrices lie in another order in the file."""
+        return any(matrix.reordered for matrix in self.matrices)
 
     @property
     def storages(self) -> tuple[str, ...]:

@@ -1,0 +1,149 @@
+"""What goes into GGUF files: a model, a model with an adapter folded in, or an adapter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lowtide.errors import OutputError
+from lowtide.model.decoder import Decoder, load_model
+from lowtide.model.families import read_config
+
+from .gguf_adapter import WrittenAdapter, write_gguf_adapter
+from .gguf_model import Written, write_gguf
+from .merge_record import MergeEntry
+from .merged import Merged
+from .peft import open_adapter
+
+MERGES_KEY = "lowtide.merges"
+"""Where a GGUF file keeps the record of what was merged into it."""
+_MAGIC = b"GGUF"
+_STORED = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
+Said = Callable[[str], None]
+
+
+def export_adapter(
+    model: str | Path,
+    adapter_path: str | Path,
+    out: str | Path,
+    *,
+    dtype: str = "f32",
+    overwrite: bool = False,
+) -> WrittenAdapter:
+    """Write an adapter as llama.cpp's LoRA file: what `lowtide export gguf` does.
+
+    Args:
+        model: the adapter's base, a model directory or a hub id.
+        adapter_path: a PEFT adapter directory.
+        out: the file.
+        dtype: `f32` or `f16`.
+        overwrite: whether a GGUF file of that name may be replaced.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ModelError: the model cannot be used, or llama.cpp does not know its family.
+        AdapterError: the adapter cannot be used, does not fit the model, or llama.cpp has none
+            like it.
+        OutputError: `out` cannot be written, or holds something else.
+    """
+    path = Path(out).expanduser()
+    check_file(path, overwrite)
+    decoder = load_model(model, "float64")
+    adapter = open_adapter(Path(adapter_path).expanduser(), decoder)
+    return write_gguf_adapter(path, decoder, adapter, dtype)
+
+
+def export_model(
+    model: str | Path,
+    out: str | Path,
+    *,
+    dtype: str | None = None,
+    overwrite: bool = False,
+    said: Said = lambda text: None,
+) -> Written:
+    """Write a model as a GGUF file: what `lowtide export gguf` does without an adapter.
+
+    Args:
+        model: a model directory or a hub id.
+        out: the file.
+        dtype: a key of `GGUF_DTYPES`; None takes what the matrices are stored as, of quantised
+            ones f16.
+        overwrite: whether a GGUF file of that name may be replaced.
+        said: told of progress.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ModelError: the model cannot be used, or llama.cpp cannot express it.
+        OutputError: `out` cannot be written, or holds something else.
+    """
+    path = Path(out).expanduser()
+    check_file(path, overwrite)
+    decoder = load_model(model, "float64")
+    kind = dtype or gguf_dtype(decoder)
+    said(f"writing {decoder.spec.n_parameters:,} parameters as {kind} to {path}")
+    return write_merged(path, Merged(decoder, None), kind, ())
+
+
+def write_merged(path: Path, merged: Merged, dtype: str, merges: Sequence[MergeEntry]) -> Written:
+    """Write a model, with what is folded into it, as a GGUF file.
+
+    Args:
+        path: the file.
+        merged: what is written.
+        dtype: a key of `GGUF_DTYPES`.
+        merges: what was merged into it, which the file says.
+
+    Returns:
+        What was written.
+    """
+    model = merged.model
+    metadata = tokenizer_of(model)
+    if merges:
+        metadata[MERGES_KEY] = json.dumps([asdict(one) for one in merges])
+    return write_gguf(path, read_config(model.directory), merged.tensor, dtype, metadata)
+
+
+def tokenizer_of(model: Decoder) -> dict[str, Any]:
+    """The tokenizer's metadata."""
+    return {"tokenizer.ggml.model": "none"}
+
+
+def gguf_dtype(model: Decoder) -> str:
+    """What a GGUF file of a model holds where nobody says: as stored, of quantised matrices f16."""
+    linear = model.spec.linears[0]
+    stored = model.checkpoint.stored_as(f"model.layers.0.{linear}.weight")
+    return _STORED.get(stored, "f16")
+
+
+def check_file(path: Path, overwrite: bool, sources: Sequence[Path] = ()) -> None:
+    """Refuse a file that cannot become a GGUF file.
+
+    Args:
+        path: the file.
+        overwrite: whether a GGUF file that is there may be replaced.
+        sources: files that are read, which must not be replaced.
+
+    Raises:
+        OutputError: says why.
+    """
+    if path.is_dir():
+        raise OutputError(f"--out {path} is a directory; name a file in it, such as model.gguf.")
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        is_gguf = file.read(len(_MAGIC)) == _MAGIC
+    if not is_gguf:
+        raise OutputError(f"--out {path} is a file that is no GGUF file. Choose another name.")
+    if any(source.exists() and path.samefile(source) for source in sources):
+        raise OutputError(f"--out {path} is read for this. Choose another name.")
+    if not overwrite:
+        raise OutputError(
+            f"--out {path} exists already. Choose another name, or replace it with --overwrite."
+        )

@@ -23,6 +23,7 @@ COMMANDS = {
     "demo": "personalise the bundled model, start to finish, in about a minute",
     "train": "fine-tune a LoRA adapter on your data",
     "generate": "continue a prompt",
+    "serve": "an OpenAI-compatible endpoint on this machine, adapters by name",
     "eval": "loss and perplexity on a data set",
     "report": "one page about a run: curves, memory, samples, what happened",
     "runs": "the runs below a directory, side by side",

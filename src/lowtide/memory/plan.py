@@ -20,6 +20,7 @@ from lowtide.model.kept import kept_elements
 from lowtide.model.spec import ModelSpec
 from lowtide.model.workspace import Workspace, mlp_tile_width, score_capacity
 from lowtide.ops.attention import allocated_elements, self_segments
+from lowtide.ops.dropout import DRAW_BYTES
 from lowtide.ops.products import (
     KERNEL_BYTES,
     goes_to_onednn,
@@ -40,7 +41,7 @@ KINDS = (
 _ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 PLANNED = ("mesp", "lcsb", "mezo")
 """Methods whose memory is planned; the others' is autograd's to decide."""
-_LIBRARIES, _KEPT_SHARE = 3_000_000, 0.02
+_LIBRARIES, _KEPT_SHARE = 3_300_000, 0.02
 _SPARE_BYTES, _SPARE_SHARE = 3_000_000, 0.04
 
 
@@ -146,6 +147,7 @@ def _predict(work: Workload, options: MethodOptions) -> Plan:
     by_kind["optimizer"] = optimizer_bytes(work)
     by_kind["gradients"] = accumulated_bytes(work) if work.accumulates else 0
     by_kind["intermediates"] += _unpacking_bytes(work, options)
+    by_kind["intermediates"] += DRAW_BYTES if work.config.lora_dropout else 0
     if options.block_inputs == "file":
         by_kind["block inputs"] = 0
     by_kind["buffers"] = _workspace_bytes(work, options)
@@ -208,14 +210,15 @@ def _kernel_bytes(work: Workload, options: MethodOptions, backward: bool) -> int
     shapes: set[tuple[object, ...]] = set()
     for role, rows, out, inner in products:
         tiled, other = (inner, out) if role == "down" else (out, inner)
-        apart = role not in ("gate", "up", "down", "head")  # dy is a slice of a whole matrix
-        for size in {min(width, tiled), tiled % width} - {0}:
+        # As many rows as the buffer holds, of a matrix that is narrower or wider than others.
+        most = width if role == "down" else max(1, width * hidden // inner)
+        for size in {min(most, tiled), tiled % most} - {0}:
             to_tile = {(m, other, size) for m in kernels(rows, size)}
             from_tile = {(m, size, other) for m in kernels(rows, other)}
             first, second = (from_tile, to_tile) if role == "down" else (to_tile, from_tile)
             shapes |= {("x W^T", *shape) for shape in first}
             if backward:
-                shapes |= {("dy W", apart and size < out, *shape) for shape in second}
+                shapes |= {("dy W", *shape) for shape in second}
     return KERNEL_BYTES * len(shapes) + scratch_bytes(tokens, hidden, work.dtype)
 
 

@@ -103,6 +103,16 @@ def llama_cpp_greedy(model: Path, prompt: list[int], count: int, lora: Path | No
         found.close()
 
 
+def llama_cpp_text(model: Path, prompt: str, count: int, lora: Path | None) -> str:
+    """A greedy continuation, through its own tokenizer."""
+    found = _llama_cpp(model, lora)
+    try:
+        answer = found.create_completion(prompt, max_tokens=count, temperature=0.0)
+        return str(answer["choices"][0]["text"])
+    finally:
+        found.close()
+
+
 def main() -> None:
     """Write the golden file."""
     golden: dict[str, Any] = {}

@@ -22,12 +22,13 @@ from gguf_adapters import (
     exported,
     llama_cpp_greedy,
     llama_cpp_logits,
+    llama_cpp_text,
     write_both,
 )
 from gguf_models import cases, digest, ids_of, kept, relative, tolerance
 from helpers import asset
 from merging import write_adapter
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import lowtide as lt
 from lowtide.errors import AdapterError, ConfigError, ModelError, OutputError
@@ -91,6 +92,14 @@ def test_a_real_model_says_the_same_words(tmp_path: Path) -> None:
                        (tmp_path / "merged.gguf", None)):  # fmt: skip
         assert llama_cpp_greedy(path, prompt, count, lora) == expected
         assert relative(logits, llama_cpp_logits(path, prompt + expected, lora)) < 5e-6
+        assert llama_cpp_text(path, "Once upon a time", 40, lora) == _said(model, adapter)
+
+
+def _said(model: Path, adapter: Path) -> str:
+    done = small.run("generate", "--model", model, "--adapter-path", adapter, "--prompt",
+                     "Once upon a time", "--max-tokens", 40, "--json")  # fmt: skip
+    assert done.code == 0, done.err
+    return str(done.document["text"])
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16"])
@@ -163,8 +172,6 @@ def test_what_llama_cpp_cannot_take_is_refused_before_anything_is_written(
             export_adapter(model, adapter, out)
     tensors = adapter / "adapter_model.safetensors"
     big = {name: t * 1e6 for name, t in load_file(tensors).items()}
-    from safetensors.torch import save_file
-
     save_file(big, tensors)
     with pytest.raises(ModelError, match=r"lora_a holds a number that is not finite in F16"):
         export_adapter(model, adapter, out, dtype="f16")

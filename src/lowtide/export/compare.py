@@ -76,10 +76,11 @@ def compare(
         AdapterError: the adapter cannot be used, or does not fit the base.
     """
     held, decoder = load_model(merged, "float64"), load_model(base, "float64", quantize)
-    if held.checkpoint.storage is not None:
+    packed = [name for name in held.spec.tensor_shapes() if name not in held.checkpoint]
+    if packed:
         raise ModelError(
-            f"{merged} is quantised ({held.checkpoint.storage.name}), and its weights are nobody's "
-            "sum any more. Compare the model that it was made of."
+            f"{merged} is quantised ({held.checkpoint.stored_as(packed[0])}), and its weights are "
+            "nobody's sum any more. Compare the model that it was made of."
         )
     _refuse_other_shapes(held, decoder)
     adapter = open_adapter(Path(adapter_path).expanduser(), decoder)
@@ -105,7 +106,7 @@ def _refuse_other_shapes(merged: Decoder, base: Decoder) -> None:
 
 def _differences(held: Merged, expected: Merged, model: Decoder) -> Iterator[Difference]:
     for name in expected.shapes:
-        dtype = model.checkpoint[name].dtype
+        dtype = getattr(torch, model.checkpoint.stored_as(name))
         wrong, worst, error, update = 0, 0.0, 0.0, 0.0
         rounded = _EPS32 * (expected.rank(name) + 4)
         for ours, truth in zip(held.tiles(name), expected.tiles(name), strict=True):

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lowtide.errors import OutputError
+from lowtide.errors import LowtideWarning, OutputError
 from lowtide.model.decoder import Decoder, load_model
 from lowtide.model.families import read_config
 
 from .gguf_adapter import WrittenAdapter, write_gguf_adapter
 from .gguf_model import Written, write_gguf
+from .gguf_tokenizer import tokenizer_metadata
 from .merge_record import MergeEntry
 from .merged import Merged
 from .peft import open_adapter
@@ -104,14 +106,32 @@ def write_merged(path: Path, merged: Merged, dtype: str, merges: Sequence[MergeE
         What was written.
     """
     model = merged.model
-    metadata = tokenizer_of(model)
+    metadata = _tokenizer_of(model)
     if merges:
         metadata[MERGES_KEY] = json.dumps([asdict(one) for one in merges])
     return write_gguf(path, read_config(model.directory), merged.tensor, dtype, metadata)
 
 
-def tokenizer_of(model: Decoder) -> dict[str, Any]:
-    """The tokenizer's metadata."""
+def _tokenizer_of(model: Decoder) -> dict[str, Any]:
+    """The metadata of a model's tokenizer, and of none where it has none, which is told.
+
+    Args:
+        model: with its directory.
+
+    Returns:
+        Keys and values.
+
+    Raises:
+        ModelError: llama.cpp has no tokenizer that works in the same way.
+    """
+    if (model.directory / "tokenizer.json").is_file():
+        return tokenizer_metadata(model.directory, model.spec.vocab_size)
+    warnings.warn(
+        f"{model.directory} has no tokenizer.json, so the GGUF file has no tokenizer: llama.cpp "
+        "takes and gives token ids only.",
+        LowtideWarning,
+        stacklevel=4,
+    )
     return {"tokenizer.ggml.model": "none"}
 
 

@@ -12,6 +12,7 @@ import torch
 from lowtide.errors import ConfigError, LowtideWarning
 from lowtide.model.adapter import Adapter
 from lowtide.model.decoder import Decoder, load_model
+from lowtide.weights.checkpoint import Checkpoint
 from lowtide.weights.manifest import Manifest
 from lowtide.weights.whole import check_free_space, whole_directory
 from lowtide.weights.writer import write_synced
@@ -154,7 +155,8 @@ def _to_directory(work: _Work, writer: ModelWriter, place: Path, overwrite: bool
 
 
 def _base_errors(model: Decoder) -> dict[str, float]:
-    manifest = Manifest.find(model.checkpoint.directory)
+    held = model.checkpoint
+    manifest = Manifest.find(held.directory) if isinstance(held, Checkpoint) else None
     return {} if manifest is None else manifest.relative_rms_errors
 
 

@@ -51,7 +51,8 @@ def test_a_merged_model(model: Path, adapter: Path, tmp_path: Path) -> None:
     assert done.code == 0, done.err
     assert f"next  llama-cli -m {out}" in done.err
     assert done.document["dtypes"] == ["f32"]
-    (entry,) = json.loads(gguf.GGUFReader(out).fields["lowtide.merges"].contents())
+    record = gguf.GGUFReader(out).fields["lowtide.merges"].contents()
+    (entry,) = json.loads(record)["merges"]
     assert entry["base"]["path"] == str(model)
 
 

@@ -9,6 +9,7 @@ environment, and `.ci/run` runs them.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shlex
@@ -21,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from lowtide.demo.assets import asset_dir
 from lowtide.demo.household import write_data
+from lowtide.export.gguf_model import write_gguf
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -52,6 +55,9 @@ def workplace(tmp_path: Path) -> Path:
         shutil.copytree(asset_dir(), tmp_path / name)
     data = write_data(tmp_path / "data")
     shutil.copy(data / "train.jsonl", tmp_path / "my-data.jsonl")
+    config = json.loads((asset_dir() / "config.json").read_text())
+    tensors = load_file(asset_dir() / "model.safetensors")
+    write_gguf(tmp_path / "model-q8_0.gguf", config, tensors.__getitem__, "q8_0", {})
     return tmp_path
 
 

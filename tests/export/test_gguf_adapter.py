@@ -204,7 +204,7 @@ def test_a_merged_model_in_a_file_is_the_merged_directory_in_a_file(tmp_path: Pa
         assert report.dtypes[0] == kind
         assert report.written_bytes == (tmp_path / f"{kind}.gguf").stat().st_size
     fields = gguf.GGUFReader(tmp_path / "q8_0.gguf").fields
-    (entry,) = json.loads(fields["lowtide.merges"].contents())
+    (entry,) = json.loads(fields["lowtide.merges"].contents())["merges"]
     assert entry["adapter"]["path"] == str(both[1])
     with pytest.raises(ConfigError, match=r"--dtype q8_0 is of GGUF files"):
         merge(*both, tmp_path / "x", dtype="q8_0")

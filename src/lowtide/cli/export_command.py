@@ -29,7 +29,7 @@ _FORMATS = ("gguf",)
 class ExportSettings:
     """Settings of `lowtide export gguf`."""
 
-    model: str = setting(help="model directory, or a Hugging Face hub id", filled=True)
+    model: str = setting(help="model directory, GGUF file, or a Hugging Face hub id", filled=True)
     adapter_path: str | None = setting(
         None, help="PEFT adapter directory; none exports the model itself", filled=True
     )

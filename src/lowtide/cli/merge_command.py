@@ -26,7 +26,7 @@ _SHOWN = 5
 class MergeSettings:
     """Settings of `lowtide merge`."""
 
-    model: str = setting(help="model directory, or a Hugging Face hub id", filled=True)
+    model: str = setting(help="model directory, GGUF file, or a Hugging Face hub id", filled=True)
     adapter_path: str = setting(help="PEFT adapter directory to fold in", filled=True)
     out: str = setting(
         help="directory to write the merged model to, or a file *.gguf for llama.cpp", filled=True

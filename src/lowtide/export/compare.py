@@ -76,11 +76,10 @@ def compare(
         AdapterError: the adapter cannot be used, or does not fit the base.
     """
     held, decoder = load_model(merged, "float64"), load_model(base, "float64", quantize)
-    packed = [name for name in held.spec.tensor_shapes() if name not in held.checkpoint]
-    if packed:
+    if held.storages:
         raise ModelError(
-            f"{merged} is quantised ({held.checkpoint.stored_as(packed[0])}), and its weights are "
-            "nobody's sum any more. Compare the model that it was made of."
+            f"{merged} is quantised ({', '.join(held.storages)}), and its weights are nobody's "
+            "sum any more. Compare the model that it was made of."
         )
     _refuse_other_shapes(held, decoder)
     adapter = open_adapter(Path(adapter_path).expanduser(), decoder)

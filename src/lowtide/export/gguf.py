@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lowtide.errors import LowtideWarning, OutputError
 from lowtide.model.decoder import Decoder, load_model
 from lowtide.model.families import read_config
+from lowtide.weights.gguf.file import GgufFile, is_gguf
 
 from .gguf_adapter import WrittenAdapter, write_gguf_adapter
 from .gguf_model import Written, write_gguf
 from .gguf_tokenizer import tokenizer_metadata
-from .merge_record import MergeEntry
+from .merge_record import MERGES_KEY, MergeRecord
 from .merged import Merged
 from .peft import open_adapter
 
-MERGES_KEY = "lowtide.merges"
-"""Where a GGUF file keeps the record of what was merged into it."""
-_MAGIC = b"GGUF"
 _STORED = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 Said = Callable[[str], None]
 
@@ -38,7 +34,7 @@ def export_adapter(
     """Write an adapter as llama.cpp's LoRA file: what `lowtide export gguf` does.
 
     Args:
-        model: the adapter's base, a model directory or a hub id.
+        model: the adapter's base, a model directory, a GGUF file or a hub id.
         adapter_path: a PEFT adapter directory.
         out: the file.
         dtype: `f32` or `f16`.
@@ -71,7 +67,7 @@ def export_model(
     """Write a model as a GGUF file: what `lowtide export gguf` does without an adapter.
 
     Args:
-        model: a model directory or a hub id.
+        model: a model directory, a GGUF file or a hub id.
         out: the file.
         dtype: a key of `GGUF_DTYPES`; None takes what the matrices are stored as, of quantised
             ones f16.
@@ -86,29 +82,31 @@ def export_model(
         OutputError: `out` cannot be written, or holds something else.
     """
     path = Path(out).expanduser()
-    check_file(path, overwrite)
     decoder = load_model(model, "float64")
+    check_file(path, overwrite, decoder.checkpoint.files)
     kind = dtype or gguf_dtype(decoder)
+    record = MergeRecord.of(decoder)
     said(f"writing {decoder.spec.n_parameters:,} parameters as {kind} to {path}")
-    return write_merged(path, Merged(decoder, None), kind, ())
+    content = record.content(None, []) if record.merges else None
+    return write_merged(path, Merged(decoder, None), kind, content)
 
 
-def write_merged(path: Path, merged: Merged, dtype: str, merges: Sequence[MergeEntry]) -> Written:
+def write_merged(path: Path, merged: Merged, dtype: str, record: bytes | None) -> Written:
     """Write a model, with what is folded into it, as a GGUF file.
 
     Args:
         path: the file.
         merged: what is written.
         dtype: a key of `GGUF_DTYPES`.
-        merges: what was merged into it, which the file says.
+        record: of what was merged into it, which the file says.
 
     Returns:
         What was written.
     """
     model = merged.model
     metadata = _tokenizer_of(model)
-    if merges:
-        metadata[MERGES_KEY] = json.dumps([asdict(one) for one in merges])
+    if record is not None:
+        metadata[MERGES_KEY] = record.decode()
     return write_gguf(path, read_config(model.directory), merged.tensor, dtype, metadata)
 
 
@@ -124,6 +122,9 @@ def _tokenizer_of(model: Decoder) -> dict[str, Any]:
     Raises:
         ModelError: llama.cpp has no tokenizer that works in the same way.
     """
+    if is_gguf(model.path):  # as it is: what a file says of its tokenizer needs no other words
+        held = GgufFile.open(model.path).metadata
+        return {key: held[key] for key in held if key.startswith("tokenizer.")}
     if (model.directory / "tokenizer.json").is_file():
         return tokenizer_metadata(model.directory, model.spec.vocab_size)
     warnings.warn(
@@ -157,9 +158,7 @@ def check_file(path: Path, overwrite: bool, sources: Sequence[Path] = ()) -> Non
         raise OutputError(f"--out {path} is a directory; name a file in it, such as model.gguf.")
     if not path.exists():
         return
-    with open(path, "rb") as file:
-        is_gguf = file.read(len(_MAGIC)) == _MAGIC
-    if not is_gguf:
+    if not is_gguf(path):
         raise OutputError(f"--out {path} is a file that is no GGUF file. Choose another name.")
     if any(source.exists() and path.samefile(source) for source in sources):
         raise OutputError(f"--out {path} is read for this. Choose another name.")

@@ -85,7 +85,7 @@ def merge(
     """Write a model with an adapter folded into the weights: what `lowtide merge` does.
 
     Args:
-        model: a model directory or a hub id.
+        model: a model directory, a GGUF file or a hub id.
         adapter_path: a PEFT adapter directory.
         out: the new model directory, or a file whose name ends in `.gguf`.
         dtype: of MERGE_DTYPES; None keeps each tensor's, and of a quantised model takes that of
@@ -114,7 +114,7 @@ def merge(
     if is_file:
         check_file(place, overwrite, decoder.checkpoint.files)
     else:
-        check_out(place, [decoder.directory, directory], overwrite)
+        check_out(place, [decoder.path, directory], overwrite)
     adapter = open_adapter(directory, decoder)
     merged = Merged(decoder, adapter)
     if is_file:
@@ -122,9 +122,9 @@ def merge(
     else:
         writer = ModelWriter(decoder, merged, DTYPES[dtype] if dtype else None)
         kind = " and ".join(writer.dtypes())
-    record = MergeRecord.read(decoder.directory)
+    record = MergeRecord.of(decoder)
     entry = MergeEntry.of(decoder, adapter, (str(model), str(adapter_path)), kind)
-    record.refuse_twice(entry, decoder.directory)
+    record.refuse_twice(entry, decoder.path)
     _warn_of_other_weights(directory, entry)
     _warn_of_nothing(directory, adapter)
     work = _Work(decoder, merged, record, entry, said)
@@ -134,7 +134,7 @@ def merge(
 def _to_file(work: _Work, place: Path) -> MergeReport:
     kind = work.entry.dtype
     work.say(None, place)
-    written = write_merged(place, work.merged, kind, (*work.record.merges, work.entry))
+    written = write_merged(place, work.merged, kind, work.record.content(work.entry, []))
     dtypes = [kind, *(["f16"] if written.kept_f16 else [])]
     return MergeReport(place, dtypes, written.nbytes, {}, _base_errors(work.model))
 
@@ -145,7 +145,7 @@ def _to_directory(work: _Work, writer: ModelWriter, place: Path, overwrite: bool
     with whole_directory(place, replaces=overwrite) as hidden:
         check_out(place, [], overwrite)  # nobody else writes there now
         writer.write(hidden)
-        files = [path.name for path in hidden.iterdir()]
+        files = [MERGE_FILE, *(path.name for path in hidden.iterdir())]
         write_synced(hidden / MERGE_FILE, [work.record.content(work.entry, files)])
         work.model.checkpoint.check_unchanged()
     update_errors = {name: writer.roundings[name].relative for name in work.merged.adapted}

@@ -58,7 +58,8 @@ class ModelWriter:
         model: the base, from which files, order and dtypes are taken.
         merged: what is written.
         dtype: of all tensors; None keeps each tensor's, and gives those of a quantised model the
-            dtype of its norms, which is that of the model it was made of.
+            dtype of its norms, which is that of the model it was made of. From a GGUF file it is
+            the dtype of the matrices, bfloat16 where they are quantised.
         roundings: of the tensors that were written.
     """
 
@@ -69,10 +70,8 @@ class ModelWriter:
 
     def __post_init__(self) -> None:
         """Lay out the files."""
-        checkpoint = self.model.checkpoint
-        self._as_it_is = isinstance(checkpoint, Checkpoint) and checkpoint.storage is None
-        if self.dtype is None and not self._as_it_is:
-            self.dtype = _dtype_of_quantised(self.model)
+        if self.dtype is None and not self.model.checkpoint.is_plain:
+            self.dtype = _usual_dtype(self.model)
         self.shards = self._shards()
 
     @property
@@ -119,7 +118,7 @@ class ModelWriter:
         """Tensors by file: as in the base, or cut where that is no safetensors of plain tensors."""
         shapes = self.merged.shapes
         entries: Entries = {name: (self._dtype_of(name), shape) for name, shape in shapes.items()}
-        if not self._as_it_is:
+        if not self.model.checkpoint.is_plain:
             return _cut(entries)
         shards: dict[str, Entries] = {}
         for path in self.model.checkpoint.files:
@@ -187,8 +186,13 @@ class ModelWriter:
         return (json.dumps(document, indent=2) + "\n").encode()
 
 
-def _dtype_of_quantised(model: Decoder) -> torch.dtype:
-    return model.checkpoint[FINAL_NORM].dtype
+def _usual_dtype(model: Decoder) -> torch.dtype:
+    """Of a model whose weights are not written as they lie: its own as far as there is one."""
+    if isinstance(model.checkpoint, Checkpoint):
+        return model.checkpoint[FINAL_NORM].dtype
+    first = f"model.layers.0.{model.spec.linears[0]}.weight"  # norms are float32 in any GGUF file
+    plain = first in model.checkpoint
+    return getattr(torch, model.checkpoint.stored_as(first)) if plain else torch.bfloat16
 
 
 def _note(rounding: Rounding, base: Tensor, merged: Tensor, rounded: Tensor) -> None:

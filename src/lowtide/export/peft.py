@@ -150,7 +150,7 @@ def open_adapter(directory: Path, model: Decoder) -> Adapter:
         base = raw.get("base_model_name_or_path")
         raise AdapterError(
             f"the adapter in {directory} (made for {shown(base)}) does not fit the model in "
-            f"{model.directory}:\n{listed(problems)}\nGive the model that it was trained on."
+            f"{model.path}:\n{listed(problems)}\nGive the model that it was trained on."
         )
     return Adapter(config, {name: weights[name] for name in expected}, model.compute_dtype)
 

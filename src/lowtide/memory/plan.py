@@ -30,7 +30,7 @@ from lowtide.ops.products import (
 )
 from lowtide.train.optim import OPTIMIZERS, Held
 from lowtide.train.states import master_bytes
-from lowtide.weights.storages import STORAGES
+from lowtide.weights.storages import READ
 
 from .adapters import AdapterShape
 
@@ -58,10 +58,10 @@ class Workload:
         accumulates: whether the gradients of all parameters live at once.
         lengths: tokens of each sequence of the largest batch.
         dtype: of the computation.
-        widened: whether weights are stored in another dtype, so that tiles are widened.
+        widened: whether tiles are copies of what is stored, and not views of it.
         state: how the optimiser keeps its state, a name of `train.states.STATES`.
         rounded: whether the adapter is in bfloat16 and the optimiser keeps the rest of it.
-        storage: of quantised weights, a name of STORAGES.
+        storages: what matrices are unpacked from, names of `weights.storages.READ`.
     """
 
     spec: ModelSpec
@@ -75,7 +75,7 @@ class Workload:
     widened: bool = True
     state: str = "float32"
     rounded: bool = False
-    storage: str | None = None
+    storages: tuple[str, ...] = ()
 
     @property
     def shape(self) -> AdapterShape:
@@ -224,14 +224,15 @@ def _kernel_bytes(work: Workload, options: MethodOptions, backward: bool) -> int
 
 def _unpacking_bytes(work: Workload, options: MethodOptions) -> int:
     """What unpacking the largest tile of quantised weights takes beside the tile."""
-    if work.storage is None:
-        return 0
-    spec, storage, size = work.spec, STORAGES[work.storage], work.dtype.itemsize
+    spec, size = work.spec, work.dtype.itemsize
     hidden, inner = spec.hidden_size, spec.intermediate_size
     width = mlp_tile_width(spec, work.tokens, options.tiles)
     most = width if goes_to_onednn() else 2 * width  # of `Workspace.linear_tile`
-    rows = storage.scratch_bytes(most, (0, hidden), hidden, size)
-    return max(rows, storage.scratch_bytes(hidden, (0, width), inner, size))
+    tiles = ((most, (0, hidden), hidden), (hidden, (0, width), inner))
+    return max(
+        (READ[name].scratch_bytes(*tile, size) for name in work.storages for tile in tiles),
+        default=0,
+    )
 
 
 def _vectors(spec: ModelSpec) -> int:

@@ -17,6 +17,7 @@ from lowtide.command import lowtide_command
 from lowtide.config import did_you_mean
 from lowtide.errors import KINDS, ConfigError, LowtideError, ModelError, OutputError
 from lowtide.weights.checkpoint import Checkpoint, weight_files
+from lowtide.weights.gguf.file import is_gguf
 from lowtide.weights.manifest import MANIFEST_FILE, PARTIAL_FILE, STORAGE_KEY, Manifest
 from lowtide.weights.quantize import JOURNAL_FILE, Said, finish, quantize_files
 from lowtide.weights.storages import STORAGES
@@ -52,6 +53,7 @@ def quantize_model(
     """
     check_storage(storage)
     directory = resolve_model(model)
+    refuse_quantizing(directory, storage)
     config = read_config(directory)
     _refuse_quantized(directory)
     spec = spec_from_config(config)
@@ -187,6 +189,24 @@ def _quantize_in_child(directory: Path, cache: Path, storage: str) -> None:
             f"quantising {directory} stopped with exit code {child.returncode}. Give the command "
             "again, and it goes on where it ended."
         ) from None
+
+
+def refuse_quantizing(path: Path, storage: str | None) -> None:
+    """Refuse to quantise what is in a GGUF file.
+
+    Args:
+        path: of a model.
+        storage: what it should be quantised to; None to take it as it is.
+
+    Raises:
+        ModelError: it is a GGUF file, and a storage is given.
+    """
+    if storage is not None and is_gguf(path):
+        raise ModelError(
+            f"{path} is a GGUF file, whose weights are used as they are stored there; most are "
+            "quantised already. Leave --quantize out, take a GGUF file of another type, or "
+            "quantise the model directory that it was made of."
+        )
 
 
 def _refuse_quantized(directory: Path) -> None:

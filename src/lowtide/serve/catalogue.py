@@ -99,7 +99,7 @@ class Catalogue:
         self._model, self._say, self._root = model, say, root
         self._lock = threading.Lock()
         self._started = time.time()
-        self.base_name = model.directory.absolute().name or BASE
+        self.base_name = model.path.absolute().name or BASE
         self._served: dict[str, _Served] = {}
         for name, path in paths.items():
             if name == self.base_name:

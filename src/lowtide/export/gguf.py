@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from lowtide.data.gguf_tokenizer import PIPELINE_KEY
 from lowtide.errors import LowtideWarning, OutputError
 from lowtide.model.decoder import Decoder, load_model
 from lowtide.model.families import read_config
@@ -19,6 +20,7 @@ from .merge_record import MERGES_KEY, MergeRecord
 from .merged import Merged
 from .peft import open_adapter
 
+_MAGIC = b"GGUF"
 _STORED = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 Said = Callable[[str], None]
 
@@ -124,7 +126,8 @@ def _tokenizer_of(model: Decoder) -> dict[str, Any]:
     """
     if is_gguf(model.path):  # as it is: what a file says of its tokenizer needs no other words
         held = GgufFile.open(model.path).metadata
-        return {key: held[key] for key in held if key.startswith("tokenizer.")}
+        keys = [key for key in held if key.startswith("tokenizer.") or key == PIPELINE_KEY]
+        return {key: held[key] for key in keys}
     if (model.directory / "tokenizer.json").is_file():
         return tokenizer_metadata(model.directory, model.spec.vocab_size)
     warnings.warn(
@@ -158,7 +161,9 @@ def check_file(path: Path, overwrite: bool, sources: Sequence[Path] = ()) -> Non
         raise OutputError(f"--out {path} is a directory; name a file in it, such as model.gguf.")
     if not path.exists():
         return
-    if not is_gguf(path):
+    with open(path, "rb") as file:
+        begins = file.read(len(_MAGIC))
+    if begins != _MAGIC:
         raise OutputError(f"--out {path} is a file that is no GGUF file. Choose another name.")
     if any(source.exists() and path.samefile(source) for source in sources):
         raise OutputError(f"--out {path} is read for this. Choose another name.")

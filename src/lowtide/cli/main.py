@@ -33,6 +33,7 @@ COMMANDS = {
     "plan": "what a run will need, before it runs",
     "quantize": "write a quantised copy of a model: 8 or 4 bits per weight",
     "merge": "fold an adapter into its model's weights",
+    "export": "write an adapter, or a model, for llama.cpp: `export gguf`",
     "info": "what a model directory holds",
     "bench": "measure memory and time; the paper's tables, peers, reports",
 }

@@ -20,6 +20,7 @@ from typing import Any
 
 from lowtide.data.cache import unwritable
 from lowtide.data.text import unreadable
+from lowtide.errors import OutputError
 
 ENTRY_FILE = "entry.json"
 _BUILDING = ".building-"
@@ -102,7 +103,7 @@ class TokenStore:
             self._root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise unwritable(self._root, error) from None
-        with _lock(self._lock_path(key), wait=True):
+        with _lock(_lock_path(self._root, key), wait=True):
             self._sweep(key)
             yield
 
@@ -158,17 +159,14 @@ class TokenStore:
             raise unwritable(final, error) from None
         shutil.rmtree(final / "refused", ignore_errors=True)
 
-    def _lock_path(self, key: str) -> Path:
-        return self._root / f".{key}.lock"
-
     def _sweep(self, held: str) -> None:
         """Remove what processes that were killed left behind."""
         for path in self._root.glob(f"{_BUILDING}*"):
-            key = path.name.removeprefix(_BUILDING).partition("-")[0]
+            key = _key_built(path)
             if key == held:
                 shutil.rmtree(path, ignore_errors=True)
                 continue
-            with _lock(self._lock_path(key), wait=False) as ours:
+            with _lock(_lock_path(self._root, key), wait=False) as ours:
                 if ours:
                     shutil.rmtree(path, ignore_errors=True)
 
@@ -182,6 +180,17 @@ def remove_unfinished(root: Path, builder: str) -> None:
     """
     for path in root.glob(f"{_BUILDING}*-{builder}"):
         shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OutputError), _lock(_lock_path(root, _key_built(path)), False):
+            pass  # its file goes with the lock, unless somebody else builds the entry by now
+
+
+def _key_built(path: Path) -> str:
+    """The key of the entry that is built in a directory."""
+    return path.name.removeprefix(_BUILDING).partition("-")[0]
+
+
+def _lock_path(root: Path, key: str) -> Path:
+    return root / f".{key}.lock"
 
 
 @contextmanager

@@ -84,7 +84,8 @@ def watched(
         others.append(sampler)
     manners = Manners(settings, watchers.on_pause, trainer)
     others.append(manners)  # last: a pause comes after all that an update leads to
-    with recorder, manners:
+    with recorder:
+        manners.pause()
         if sampler is not None and not settings.resume:
             sampler.answer(0)
         yield watchers

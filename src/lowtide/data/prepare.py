@@ -50,6 +50,8 @@ class PrepareRequest:
     """Where there is no validation data, hold out this many records or windows at the end."""
     sampled: int = 0
     """How many records `lowtide.data.sample` takes."""
+    cache_bytes: int | None = None
+    """How much the token store may hold in all; None does not limit it."""
     builder: str = field(default_factory=lambda: token_hex(8))
     """What the child calls its unfinished work, which the parent removes if the child cannot."""
 

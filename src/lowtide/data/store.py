@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from lowtide.errors import OutputError
 
 ENTRY_FILE = "entry.json"
 _BUILDING = ".building-"
+_YOUNG_S = 3600
 
 
 def checksum(path: Path) -> str:
@@ -82,7 +84,11 @@ class TokenStore:
                 with open(path / name, "rb") as file:
                     if hashlib.file_digest(file, "sha256").hexdigest() != digest:
                         return None
-            return entry if entry["key"] == key else None
+            if entry["key"] != key:
+                return None
+            with contextlib.suppress(OSError):  # somebody else's, perhaps
+                os.utime(path)  # what was used last stays longest
+            return entry
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
@@ -158,6 +164,37 @@ class TokenStore:
         except OSError as error:
             raise unwritable(final, error) from None
         shutil.rmtree(final / "refused", ignore_errors=True)
+
+    def prune(self, most_bytes: int) -> None:
+        """Remove entries, those first that were not used for longest, until the rest is small.
+
+        What was used within the last hour stays: another run may be about to open it. Those that
+        are open already keep their data until they are closed.
+
+        Args:
+            most_bytes: Of all entries together.
+        """
+        entries = []
+        for path in self._root.glob("[!.]*"):
+            with contextlib.suppress(OSError):
+                if (path / ENTRY_FILE).is_file():
+                    size = sum(file.stat().st_size for file in path.iterdir())
+                    entries.append((path.stat().st_mtime, size, path))
+        total = sum(size for _, size, _ in entries)
+        for used, size, path in sorted(entries):
+            if total <= most_bytes or used > time.time() - _YOUNG_S:
+                return
+            with contextlib.suppress(OutputError, OSError):
+                total -= size * self._remove(path)
+
+    def _remove(self, path: Path) -> bool:
+        """Remove an entry, unless somebody is at it; nobody finds a part of it."""
+        with _lock(_lock_path(self._root, path.name), wait=False) as ours:
+            if ours:
+                gone = self._root / f"{_BUILDING}{path.name}-{self._builder}"
+                os.rename(path, gone)
+                shutil.rmtree(gone, ignore_errors=True)
+            return ours
 
     def _sweep(self, held: str) -> None:
         """Remove what processes that were killed left behind."""

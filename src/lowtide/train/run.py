@@ -19,6 +19,7 @@ from lowtide.methods import get_method
 from lowtide.model.adapter import Adapter
 from lowtide.model.decoder import Decoder, load_model
 from lowtide.model.threads import set_threads
+from lowtide.sizes import size_in_bytes
 
 from .budget import within_budget
 from .determinism import pinned
@@ -178,6 +179,7 @@ def check_supported(settings: TrainSettings) -> None:
     check_samples(settings)
     check_manners(settings)
     wanted_trackers(settings.report_to)
+    size_in_bytes("cache_limit", settings.cache_limit)
     if settings.epochs is None:
         Schedule.of(settings, updates_of(settings, 0))  # refuses a warm-up that is too long
     if settings.valid_data is not None and settings.valid_records:
@@ -218,6 +220,7 @@ def data_request(settings: DataSettings, model: Decoder, data: str, **more: Any)
         data=Path(data).expanduser(),
         tokenizer=settings.tokenizer_directory(model.directory),
         cache=Path(cache).expanduser() if cache else cache_root() / "tokens",
+        cache_bytes=size_in_bytes("cache_limit", settings.cache_limit),
         max_seq_length=settings.max_seq_length,
         vocab_size=model.spec.vocab_size,
         mask_prompt=settings.mask_prompt,

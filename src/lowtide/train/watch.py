@@ -68,8 +68,7 @@ def watched(
     """
     settings = trainer.settings
     trackers = [
-        TRACKERS[name](run_dir.directory, asdict(settings))
-        for name in wanted_trackers(settings.report_to)
+        TRACKERS[name](run_dir, asdict(settings)) for name in wanted_trackers(settings.report_to)
     ]
     recorder = Recorder(run_dir.log, _facts(trainer, data), trackers)
     if settings.resume:

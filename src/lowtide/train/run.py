@@ -26,7 +26,7 @@ from .determinism import pinned
 from .fingerprint import arithmetic, model_fingerprint
 from .groups import Groups
 from .history import TrainResult
-from .looking import check_manners, check_samples
+from .looking import check_manners, check_samples, with_prompts
 from .loop import Trainer
 from .observers import Quiet, RunObserver
 from .optim import OPTIMIZERS
@@ -68,6 +68,7 @@ def train(
         raise ConfigError(f"give settings or keywords, not both ({', '.join(given)}).")
     settings = settle(given) if settings is None else build(TrainSettings, asdict(settings))
     observer = observer or Quiet()
+    settings = with_prompts(settings)
     check_supported(settings)
     settings = pinned(settings)
     directory = Path(settings.adapter_path).expanduser()

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from lowtide.config import did_you_mean, setting
 from lowtide.data.census import DataCheck, SplitCheck
 from lowtide.data.prepare import ask_child
 from lowtide.errors import ConfigError
+from lowtide.model.decoder import Decoder
 from lowtide.train.recipe import MAX_BATCH
-from lowtide.train.rehearsal import EpochTime, time_epoch
+from lowtide.train.rehearsal import EpochTime, RecordLengths, time_epoch
 from lowtide.train.run import check_length, data_request, open_model
 from lowtide.train.settings import DataSettings, ModelSettings, StepSettings, check_step
 
@@ -37,6 +40,9 @@ class DataCheckSettings(StepSettings, DataSettings, ModelSettings):
     batch_size: int = setting(
         1, help="sequences per step of the time that is measured", minimum=1, maximum=MAX_BATCH
     )
+    packing: bool = setting(
+        False, help="count and measure batches filled up to batch size x max seq length tokens"
+    )
     estimate_time: bool = setting(
         True, help="measure two training steps on the model for the time of an epoch"
     )
@@ -60,7 +66,12 @@ def run(argv: Sequence[str]) -> int:
     check_step(settings)
     model = open_model(settings)
     check_length(model, settings.max_seq_length)
-    request = data_request(settings, model, settings.data)
+    with TemporaryDirectory(prefix="lowtide-") as scratch:
+        return _look(settings, output, model, Path(scratch) / "lengths")
+
+
+def _look(settings: DataCheckSettings, output: Output, model: Decoder, lengths: Path) -> int:
+    request = data_request(settings, model, settings.data, lengths=lengths)
     found = DataCheck.from_dict(ask_child("census", request.to_json(), "splits"))
     for name, split in found.splits.items():
         for line in _split_lines(name, split, settings.max_seq_length, _block(output)):
@@ -69,7 +80,7 @@ def run(argv: Sequence[str]) -> int:
         output.say(line)
     train, epoch = found.splits.get("train"), None
     if settings.estimate_time and train is not None and train.kept_lengths:
-        epoch = time_epoch(settings, model, train.kept_lengths, settings.batch_size)
+        epoch = time_epoch(settings, model, RecordLengths(lengths))
         output.say(_time_line(epoch, train))
     usable = all(split.usable for split in found.splits.values())
     output.say(_verdict(found, usable))

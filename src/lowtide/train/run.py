@@ -30,7 +30,7 @@ from .looking import check_manners, check_samples, with_prompts
 from .loop import Trainer
 from .observers import Quiet, RunObserver
 from .optim import OPTIMIZERS
-from .order import batches_in_pass, check_batches, largest_batch
+from .order import batches_of_epochs, check_batches, largest_batch
 from .output import check_output, check_space, made_directory
 from .recipe import check_recipe
 from .rehearsal import has_validation, rehearse
@@ -105,7 +105,7 @@ def _train_in(
     valid_set = None if valid is None else TokenDataset.open(valid.path)
     fingerprints["train"] = report.splits["train"].sha256
     fingerprints["valid"] = None if valid is None else valid.sha256
-    iters = updates_of(settings, batches_in_pass(settings, train_set))
+    iters = updates_of(settings, batches_of_epochs(settings, train_set))
     check_stopping(settings, iters, valid_set is not None)
     if resumed is not None:
         check_same(resumed, settings, fingerprints)

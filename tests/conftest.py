@@ -9,6 +9,10 @@ import helpers
 import pytest
 import torch
 
+from lowtide.model.gguf import home
+from lowtide.model.gguf.unpack import unpack
+from lowtide.weights.gguf.file import GgufFile
+
 # The tensors here are tiny: handing them to a second thread costs several times what it saves, and
 # far more where other programs keep the cores busy.
 torch.set_num_threads(1)
@@ -34,3 +38,13 @@ def odd_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[name, dtype]
 
     return make
+
+
+@pytest.fixture
+def unpacked_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What GGUF files say is written in this process: a child takes a second to start."""
+
+    def here(path: Path, directory: Path) -> None:
+        unpack(GgufFile.open(path), directory)
+
+    monkeypatch.setattr(home, "unpack_in_child", here)

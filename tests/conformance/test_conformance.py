@@ -110,8 +110,8 @@ class _Drop:
 def test_the_buffers_that_are_planned_are_those_that_a_step_touches(example: Example) -> None:
     """To the element: filled with a mark before a step, what is planned as untouched still has it.
 
-    Tiles and logits, whose room this vocabulary does not fill, are left out. One position of the
-    40 has no label, so that a row of two buffers may stay as it was.
+    Logits and activations, whose room this model does not fill, are left out unless nothing touched
+    them. One position of the 40 has no label, so that a row of two buffers may stay as it was.
     """
     model, tokens = example.load(torch.float32), 40
     spec = model.spec
@@ -125,7 +125,7 @@ def test_the_buffers_that_are_planned_are_those_that_a_step_touches(example: Exa
         ws = buffers._ws
         assert ws is not None
         whole = [*ws._wide, *ws._narrow, ws._raw, ws.tile]
-        for part in (*whole, *ws.scores):
+        for part in (*whole, *ws.scores, *ws.glu.activations[2:]):
             part.fill_(mark)
         if backward:
             structured_step(
@@ -135,7 +135,8 @@ def test_the_buffers_that_are_planned_are_those_that_a_step_touches(example: Exa
         else:
             structured_losses(model, adapter, batch, buffers)
         unwritten = sum(int((part == mark).sum()) for part in whole)
-        idle = [part for part in ws.scores if bool((part == mark).all())]
+        perhaps = (*ws.scores, *ws.glu.activations[2:])
+        idle = [part for part in perhaps if bool((part == mark).all())]
         planned = ws.untouched_bytes(backward=backward, widened=False, recomputes=True)
         assert unwritten + sum(part.numel() for part in idle) == planned // 4 + unlabelled
 

@@ -54,9 +54,9 @@ def test_tokens_come_one_at_a_time(decoder: Decoder, monkeypatch: pytest.MonkeyP
     fed: list[int] = []
     feed = module.Generation.feed
 
-    def counted(self: module.Generation, tokens: list[int]) -> torch.Tensor:
+    def counted(self: module.Generation, tokens: list[int], look: None) -> torch.Tensor:
         fed.append(len(tokens))
-        return feed(self, tokens)
+        return feed(self, tokens, look)
 
     monkeypatch.setattr(module.Generation, "feed", counted)
     stream = generate(decoder, None, PROMPT, 10)

@@ -105,7 +105,7 @@ def test_too_small_a_budget_names_what_lossy_settings_would_do() -> None:
 @pytest.mark.parametrize("storage", STORAGES)
 def test_unpacking_is_planned(storage: str) -> None:
     plain = predict(WORK, MethodOptions()).predicted_peak_bytes
-    quantised = predict(replace(WORK, storage=storage), MethodOptions()).predicted_peak_bytes
+    quantised = predict(replace(WORK, storages=(storage,)), MethodOptions()).predicted_peak_bytes
     tile = 2 * 512 * 512  # elements: 512 rows for each of gate and up
     assert 0 < quantised - plain <= tile
 

@@ -21,10 +21,11 @@ from lowtide.cli.main import main
 from lowtide.errors import ConfigError
 from lowtide.memory.choice import candidates, choose
 from lowtide.memory.plan import PLANNED, Plan, Workload, predict
+from lowtide.methods import get_method
 from lowtide.methods.options import MethodOptions
-from lowtide.model.adapter import LoraConfig
+from lowtide.model.adapter import Adapter, LoraConfig
 from lowtide.model.families import spec_from_config
-from lowtide.ops.products import goes_to_onednn
+from lowtide.ops.products import KERNEL_BYTES, goes_to_onednn, products_as, scratch_bytes
 
 RANDOM_CASES = 60
 SHAPE = {
@@ -129,6 +130,86 @@ def _case(seed: int, directory: Path) -> tuple[Plan, int]:
 def test_the_prediction_is_near_what_is_measured(seed: int, tmp_path: Path) -> None:
     plan, measured = _case(seed, tmp_path / "model")
     assert abs(plan.predicted_peak_bytes - measured) <= _bounds(measured), plan.by_kind
+
+
+@pytest.mark.parametrize("products", ["auto", "torch"])
+@pytest.mark.parametrize(
+    ("method", "keep_blocks", "dora"),
+    [("mezo", 0, False), ("mezo", 0, True), ("mesp", 0, False), ("mesp", 2, False)],
+)
+def test_what_is_planned_as_untouched_keeps_a_mark(
+    method: str, keep_blocks: int, dora: bool, products: str, tmp_path: Path
+) -> None:
+    """Whole tiles and activations of 16-bit weights too, of which a step may use every second."""
+    tokens, mark = 80, 1.2345e30
+    shape = {**SHAPE, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 2}
+    model = lt.load_model(_write(tmp_path / "model", shape, torch.bfloat16))
+    adapter = Adapter.create(model, LoraConfig(4, use_dora=dora), 0)
+    batch = lt.Batch.from_sequences([[i % 7 for i in range(tokens)]])
+    with products_as(products):
+        options = MethodOptions(products=products)
+        if keep_blocks:
+            options = replace(options, keep_blocks=keep_blocks)
+        chosen = get_method(method, options)
+        chosen.reserve(model, tokens, tokens)
+        ws = chosen._buffers._ws  # type: ignore[attr-defined]
+        whole = [*ws._wide, *ws._narrow, *ws.tile.chunk(2), *ws.glu.activations, *ws.scores]
+        for part in whole:
+            part.fill_(mark)
+        lt.gradients(model, adapter, batch, method=chosen)
+        planned = ws.untouched_bytes(
+            backward=method != "mezo", widened=True, recomputes=keep_blocks < 2, apart=dora
+        )
+        exact = goes_to_onednn() and not dora
+    marked = [int((part == mark).sum()) for part in whole]
+    # Tiles, activations and scores that are used need not be filled; wide[4] may be in part.
+    idle = sum(n for n, part in zip(marked, whole, strict=True) if n == part.numel())
+    in_part = marked[4] if marked[4] < whole[4].numel() else 0
+    assert idle + in_part >= planned // 4, marked
+    assert idle + in_part == planned // 4 or not exact, marked
+
+
+_ONE_STEP = """
+import sys, torch, lowtide as lt
+from lowtide.methods import get_method
+from lowtide.methods.options import MethodOptions
+path, method, tokens = sys.argv[1], sys.argv[2], int(sys.argv[3])
+model = lt.load_model(path)
+adapter = lt.Adapter.create(model, lt.LoraConfig(4), seed=0)
+batch = lt.Batch.from_sequences([torch.randint(0, 2000, (tokens,)).tolist()])
+lt.gradients(model, adapter, batch, method=get_method(method, MethodOptions()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("method", "tokens", "dtype", "shape"),
+    [
+        ("mesp", 200, torch.bfloat16, {"num_attention_heads": 4, "num_key_value_heads": 2}),
+        ("mesp", 333, torch.float32, {"intermediate_size": 1152, "head_dim": 32}),
+        ("mezo", 128, torch.bfloat16, {"hidden_size": 896, "intermediate_size": 2752}),
+    ],
+)
+def test_as_many_kernels_are_planned_as_the_library_makes(
+    method: str, tokens: int, dtype: torch.dtype, shape: dict[str, Any], tmp_path: Path
+) -> None:
+    shape = {**SHAPE, "num_hidden_layers": 2, "vocab_size": 2000, **shape}
+    model = _write(tmp_path / "model", shape, dtype)
+    done = subprocess.run(
+        [sys.executable, "-c", _ONE_STEP, str(model), method, str(tokens)],
+        capture_output=True, text=True, check=True,
+        env={**environment(), "ONEDNN_VERBOSE": "profile_create"},
+    )  # fmt: skip
+    made = [
+        line for line in done.stdout.splitlines()
+        if "create:cache_miss" in line and "mb2ic2oc2" not in line  # `products._works`
+    ]  # fmt: skip
+    work = replace(
+        WORK, spec=spec_from_config({**CONFIG, **shape}), config=LoraConfig(4), method=method,
+        lengths=(tokens,), widened=dtype != torch.float32,
+    )  # fmt: skip
+    kernels = predict(work, MethodOptions()).by_kind["kernels"]
+    passing = scratch_bytes(tokens, shape["hidden_size"], torch.float32)
+    assert kernels == len(made) * KERNEL_BYTES + passing, made
 
 
 @pytest.mark.slow

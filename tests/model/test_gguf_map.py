@@ -5,6 +5,7 @@ That llama.cpp reads it as the same function is shown in tests/export/test_gguf_
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -169,3 +170,31 @@ def test_a_float32_is_read_as_what_was_written(value: float) -> None:
     assert np.float32(decimal(float(np.float32(value)))) == np.float32(value)
     if len(str(value)) < 8:
         assert decimal(float(np.float32(value))) == value
+
+
+ODD = (
+    *(None, True, "many", b"x", -1, 0, 2.5, 1e30, 10**12, float("nan"), float("inf")),
+    *([], ["a"], [1, 2], {}, np.uint32(7), np.array([1.0, 2.0]), np.float32(0.0)),
+)
+
+
+@pytest.mark.parametrize("case", sorted(set(CASES) - set(REFUSED)))
+def test_odd_values_are_read_or_refused(case: tuple[str, int]) -> None:
+    """Every key of every example, with every odd value: a spec or a `ModelError`."""
+    model = gguf_model(FAMILIES[case[0]].examples[case[1]])
+    more = ("general.type", "tokenizer.ggml.tokens", "tokenizer.ggml.eos_token_id")
+    scaling = [f"{model.architecture}.rope.scaling.{name}" for name in ("type", "factor")]
+    for key in (*model.metadata, *more, *scaling):
+        for value in ODD:
+            with contextlib.suppress(ModelError):
+                config = config_from_metadata(
+                    {**model.metadata, key: value},
+                    shapes_of(model),
+                    lambda name: model.vectors[name].tolist(),
+                )
+                gguf_tensors(config)
+    for name in shapes_of(model):
+        for shape in ((), (3,), (10**12, 2), (2, 3, 4)):
+            with contextlib.suppress(ModelError):
+                shapes = {**shapes_of(model), name: shape}
+                spec_from_config(config_from_metadata(model.metadata, shapes, lambda name: [1.0]))

@@ -20,7 +20,7 @@ from lowtide.model.families import FAMILIES
 SOURCE = Path(lowtide.__file__).parent
 LEFT_OUT = (
     "model/families/", "bench/paper.py", "bench/peers.py", "bench/report_paper.py",
-    "demo/pretrain.py", "demo/build.py",
+    "demo/pretrain.py", "demo/build.py", "data/pre_tokenizers.py",
 )  # fmt: skip
 STEMS = sorted({re.sub(r"\d.*|_text", "", name) for name in FAMILIES} - {"phi"})
 NAME = re.compile("|".join([*STEMS, "phi3", "phi-3", "smollm"]), re.IGNORECASE)

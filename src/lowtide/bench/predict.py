@@ -14,6 +14,7 @@ from lowtide.demo.assets import asset_dir
 from lowtide.memory.adapters import AdapterShape
 from lowtide.model.adapter import ALL_LINEAR, LoraConfig
 from lowtide.model.families import read_config, spec_from_config
+from lowtide.model.gguf.home import home_of
 from lowtide.model.spec import ModelSpec
 
 from .shapes import DEMO_MODEL, shape_config
@@ -57,7 +58,7 @@ def _spec(case: Mapping[str, Any]) -> ModelSpec:
     if case.get("shape"):
         return spec_from_config(shape_config(case["shape"]))
     bundled = case["model"] == DEMO_MODEL
-    return spec_from_config(read_config(asset_dir() if bundled else Path(case["model"])))
+    return spec_from_config(read_config(asset_dir() if bundled else home_of(Path(case["model"]))))
 
 
 def _floats(spec: ModelSpec, tokens: int, method: str, case: Mapping[str, Any]) -> int:

@@ -27,6 +27,7 @@ from lowtide.errors import KINDS, LowtideError, ModelError, OutputError
 from lowtide.model.families import spec_from_config
 from lowtide.model.spec import ModelSpec
 from lowtide.weights.checkpoint import SINGLE_FILE
+from lowtide.weights.gguf.file import is_gguf
 from lowtide.weights.writer import safetensors_header, tensor_bytes, write_atomically
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
@@ -90,7 +91,8 @@ def shape_of(model: str) -> str | None:
     """
     if model in SHAPES:
         return None if Path(model).is_dir() else model
-    if "/" in model or os.sep in model or Path(model).expanduser().exists():
+    path = Path(model).expanduser()
+    if "/" in model or os.sep in model or path.exists() or is_gguf(path):
         return None
     raise ModelError(
         f"there is no shape and no directory {model!r}{did_you_mean(model, SHAPES)}. Shapes: "

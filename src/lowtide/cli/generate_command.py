@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,36 +9,21 @@ from pathlib import Path
 from lowtide.config import setting
 from lowtide.data.decoding import StreamDecoder
 from lowtide.data.prompts import prompt_ids
-from lowtide.data.tokenizer import Tokenizer
-from lowtide.errors import LowtideWarning
 from lowtide.infer.generate import Sampling, generate
 from lowtide.model.adapter import Adapter
-from lowtide.train.run import open_model
-from lowtide.train.settings import MAX_SEED, ModelSettings
+from lowtide.train.settings import MAX_SEED
 
 from .output import settings_of
+from .speaking import SpeakingSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateSettings(ModelSettings):
+class GenerateSettings(SpeakingSettings):
     """Settings of `lowtide generate`."""
 
     prompt: str = setting("", help="text to answer or continue; empty starts from BOS")
     adapter_path: str | None = setting(None, help="PEFT adapter directory to apply", filled=True)
-    tokenizer: str | None = setting(
-        None,
-        help="directory with tokenizer.json, where the model's own is not to be used",
-        filled=True,
-    )
-    chat_template: str | None = setting(
-        None,
-        help="Jinja file to use instead of the tokenizer's chat template, or 'none'",
-        filled=True,
-    )
     max_tokens: int = setting(256, help="tokens to generate at most", minimum=1)
-    temperature: float = setting(0.0, help="0 is greedy; higher is more varied", minimum=0)
-    top_p: float = setting(1.0, help="sample from the likeliest tokens of this mass", above=0,
-                           maximum=1)  # fmt: skip
     seed: int = setting(0, help="seed of sampling", minimum=0, maximum=MAX_SEED)
 
 
@@ -48,11 +32,7 @@ def run(argv: Sequence[str]) -> int:
     settings, output = settings_of(
         GenerateSettings, "generate", "Generate text, with or without an adapter.", argv
     )
-    model = open_model(settings)
-    directory = Path(settings.tokenizer).expanduser() if settings.tokenizer else model.directory
-    tokenizer = Tokenizer.load(directory, settings.chat_template)
-    if (mismatch := tokenizer.mismatch(model.spec.vocab_size)) is not None:
-        warnings.warn(mismatch, LowtideWarning, stacklevel=1)
+    model, tokenizer = settings.opened()
     adapter = None
     if settings.adapter_path is not None:
         adapter = Adapter.load(Path(settings.adapter_path).expanduser(), model)

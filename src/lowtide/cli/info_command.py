@@ -37,10 +37,10 @@ def run(argv: Sequence[str]) -> int:
     training, dora = (_training_bytes(settings, model, use_dora=kind) for kind in (False, True))
     shortest = min(training)
     rows = [
-        ("model", f"{model.directory} (model_type {spec.model_type})"),
+        ("model", f"{model.path} (model_type {spec.model_type})"),
         ("parameters", f"{spec.n_parameters:,}"),
         ("on disk", f"{megabytes(model.checkpoint.nbytes)} in {len(model.checkpoint.files)} "
-                    "safetensors file(s): "
+                    f"{model.checkpoint.kind} file(s): "
                     + ", ".join(f"{name} {megabytes(size)}" for name, size in stored.items())),
         *in_words(spec),
         ("computes in", model.dtype_reason),

@@ -23,6 +23,7 @@ COMMANDS = {
     "demo": "personalise the bundled model, start to finish, in about a minute",
     "train": "fine-tune a LoRA adapter on your data",
     "generate": "continue a prompt",
+    "serve": "an OpenAI-compatible endpoint on this machine, adapters by name",
     "eval": "loss and perplexity on a data set",
     "report": "one page about a run: curves, memory, samples, what happened",
     "runs": "the runs below a directory, side by side",
@@ -30,6 +31,7 @@ COMMANDS = {
     "data": "look at a data set before training on it: `data check`",
     "plan": "what a run will need, before it runs",
     "quantize": "write a quantised copy of a model: 8 or 4 bits per weight",
+    "merge": "fold an adapter into its model's weights",
     "info": "what a model directory holds",
     "bench": "measure memory and time; the paper's tables, peers, reports",
 }

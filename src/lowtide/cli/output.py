@@ -40,7 +40,7 @@ class Output:
     def result(self, document: Mapping[str, Any]) -> None:
         """Print the JSON document, if it was asked for."""
         if self.as_json:
-            print(json.dumps(finite(document), ensure_ascii=False))
+            print(json.dumps(finite(document), ensure_ascii=False), flush=True)
 
 
 def discard(stream: TextIO) -> None:

@@ -85,7 +85,7 @@ class Progress(Quiet):
         """Say what is trained."""
         spec = model.spec
         self._output.say(
-            f"model    {model.directory} ({spec.model_type}, {count(spec.n_parameters)} "
+            f"model    {model.path} ({spec.model_type}, {count(spec.n_parameters)} "
             f"parameters, {'/'.join(model.stored_dtypes)} mapped from "
             f"{megabytes(model.checkpoint.nbytes)})"
         )

@@ -13,12 +13,13 @@ from lowtide.data.tokenizer import Tokenizer
 from lowtide.errors import DataError
 
 
-def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+def prompt_ids(tokenizer: Tokenizer, prompt: str, chat: bool = True) -> list[int]:
     """Token ids to start from: BOS for an empty prompt, a user turn where there is a template.
 
     Args:
         tokenizer: with or without a chat template.
         prompt: the user's text.
+        chat: whether a template is used; without, the text is one to go on with.
 
     Returns:
         At least one id.
@@ -33,7 +34,7 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
                 "--prompt."
             )
         return [tokenizer.bos_id]
-    if tokenizer.chat_template is None:
+    if tokenizer.chat_template is None or not chat:
         return tokenizer.encode_document(prompt)[0]
     text = tokenizer.render_chat([{"role": "user", "content": prompt}], add_generation_prompt=True)
     return tokenizer.encode(text, add_special_tokens=False)

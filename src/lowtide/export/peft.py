@@ -108,6 +108,26 @@ def load_adapter(directory: Path, model: Decoder) -> Adapter:
         AdapterError: a file is missing or broken, the adapter is of a kind that is not supported,
             or it does not fit the model.
     """
+    stored = open_adapter(directory, model)
+    adapter = Adapter.zeros(model, stored.config)
+    for name, parameter in adapter.items():
+        parameter.copy_(stored.parameters[name])
+    return adapter
+
+
+def open_adapter(directory: Path, model: Decoder) -> Adapter:
+    """An adapter where it lies: mapped, in the dtype of its file, widened where it is used.
+
+    Args:
+        directory: a PEFT adapter directory.
+        model: the model it must fit.
+
+    Returns:
+        The adapter, whose parameters are not to be written to.
+
+    Raises:
+        AdapterError: as in `load_adapter`.
+    """
     raw = _read_config(directory)
     weights = _map_weights(directory / WEIGHTS_FILE)
     config = _lora_config(directory, raw, weights, model.spec.linears)
@@ -130,12 +150,9 @@ def load_adapter(directory: Path, model: Decoder) -> Adapter:
         base = raw.get("base_model_name_or_path")
         raise AdapterError(
             f"the adapter in {directory} (made for {shown(base)}) does not fit the model in "
-            f"{model.directory}:\n{listed(problems)}\nGive the model that it was trained on."
+            f"{model.path}:\n{listed(problems)}\nGive the model that it was trained on."
         )
-    adapter = Adapter.zeros(model, config)
-    for name, parameter in adapter.items():
-        parameter.copy_(weights[name])
-    return adapter
+    return Adapter(config, {name: weights[name] for name in expected}, model.compute_dtype)
 
 
 def _read_config(directory: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,8 +48,8 @@ class _Cache:
         self._v = torch.empty(capacity, width, dtype=dtype)
         self._used = 0
 
-    def clear(self) -> None:
-        self._used = 0
+    def shorten(self, length: int) -> None:
+        self._used = length
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         stop = self._used + len(k)
@@ -60,35 +60,111 @@ class _Cache:
 
 
 class Generation:
-    """A sequence being generated: its caches and buffers."""
+    """A sequence being generated: its caches and buffers, which serve one sequence after another.
+
+    Pages of the caches that no sequence has reached are not backed by memory.
+    """
 
     def __init__(self, model: Decoder, adapter: Adapter | None, capacity: int) -> None:
         """Make room for `capacity` tokens, prompt included."""
         spec = model.spec
-        self._model, self._adapter, self._capacity = model, adapter, capacity
+        self._model, self.capacity = model, capacity
         chunk = min(_PREFILL_TOKENS, capacity)
         self._ws = workspace_for(model, chunk, capacity)
         self._rows = torch.empty(2, chunk, spec.hidden_size, dtype=model.compute_dtype)
         self._caches = [
             _Cache(capacity, spec.kv_width, model.compute_dtype) for _ in range(spec.num_layers)
         ]
-        norms = RowNorms(adapter, self._ws.tile)
-        self._blocks = [model.block(i, adapter, None, norms) for i in range(spec.num_layers)]
-        self._position = 0
         self._fed: list[int] = []
+        self.adapt(adapter)
 
-    def feed(self, ids: Sequence[int]) -> Tensor:
-        """Append tokens; returns the logits `(V,)` after the last one."""
-        if self._model.changes_between(len(self._fed), len(self._fed) + len(ids)) and self._fed:
-            # Earlier keys were rotated for a shorter sequence: all are computed again.
-            self._position, ids, self._fed = 0, [*self._fed, *ids], []
-            for cache in self._caches:
-                cache.clear()
-        self._fed += ids
-        x = self._rows[0, :0]
-        for start in range(0, len(ids), _PREFILL_TOKENS):
-            x = self._forward(torch.tensor(ids[start : start + _PREFILL_TOKENS]))
-        return head_logits(self._model, x[-1:], self._ws)[0]
+    def adapt(self, adapter: Adapter | None) -> None:
+        """Go on with another adapter; what was read before is forgotten."""
+        layers = range(self._model.spec.num_layers)
+        self.adapter = adapter
+        norms = RowNorms(adapter, self._ws.tile)
+        self._blocks = [self._model.block(i, adapter, None, norms) for i in layers]
+        self._forget(0)
+
+    def _forget(self, kept: int) -> None:
+        """Keep the first `kept` tokens only; 0 also after a failure that left caches uneven."""
+        self._fed = self._fed[:kept] if kept else []
+        self._position = kept
+        for cache in self._caches:
+            cache.shorten(kept)
+
+    def rewind(self, ids: Sequence[int]) -> Sequence[int]:
+        """Go back to where a sequence begins to differ from what was read.
+
+        Args:
+            ids: the sequence, at least one token.
+
+        Returns:
+            What is left to feed of it: its last token at least.
+        """
+        pairs = zip(self._fed, ids, strict=False)
+        same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(self._fed))
+        same = min(same, len(ids) - 1)
+        if self._model.changes_between(len(ids), len(self._fed)):
+            same = 0  # keys were rotated for a longer sequence
+        self._forget(same)
+        return ids[same:]
+
+    def feed(self, ids: Sequence[int], look: Callable[[], None] | None = None) -> Tensor:
+        """Append tokens.
+
+        Args:
+            ids: at least one.
+            look: called before each part of a long prompt; what it raises ends the reading, and
+                all that was read is forgotten.
+
+        Returns:
+            The logits `(V,)` after the last one.
+        """
+        try:
+            if self._fed and self._model.changes_between(len(self._fed), len(self._fed) + len(ids)):
+                # Earlier keys were rotated for a shorter sequence: all are computed again.
+                ids = [*self._fed, *ids]
+                self._forget(0)
+            self._fed += ids
+            x = self._rows[0, :0]
+            for start in range(0, len(ids), _PREFILL_TOKENS):
+                if look is not None:
+                    look()
+                x = self._forward(torch.tensor(ids[start : start + _PREFILL_TOKENS]))
+            return head_logits(self._model, x[-1:], self._ws)[0]
+        except BaseException:
+            self._forget(0)
+            raise
+
+    def follow(
+        self,
+        prompt: Sequence[int],
+        limit: int,
+        sampling: Sampling,
+        stop_ids: Collection[int],
+        look: Callable[[], None] | None = None,
+    ) -> Iterator[int]:
+        """Token ids that follow `prompt`, of which all that was read before is not read again.
+
+        Args:
+            prompt: at least one token id, and no more than there is room for with `limit`.
+            limit: how many to generate at most.
+            sampling: how they are chosen.
+            stop_ids: tokens that end the text; they are not yielded.
+            look: as in `feed`.
+
+        Yields:
+            Token ids.
+        """
+        generator = torch.Generator().manual_seed(sampling.seed)
+        fed = self.rewind(prompt)
+        for _ in range(limit):
+            token = _choose(self.feed(fed, look), sampling, generator)
+            if token in stop_ids:
+                return
+            yield token
+            fed = [token]
 
     def _forward(self, ids: Tensor) -> Tensor:
         count = len(ids)
@@ -139,14 +215,7 @@ def generate(
     # The last token needs no position of its own: nothing is computed from it.
     limit = min(max_tokens, model.spec.max_positions - len(prompt) + 1)
     generation = Generation(model, adapter, len(prompt) + max(0, limit - 1))
-    generator = torch.Generator().manual_seed(sampling.seed)
-    fed: Sequence[int] = prompt
-    for _ in range(limit):
-        token = _choose(generation.feed(fed), sampling, generator)
-        if token in stop_ids:
-            return
-        yield token
-        fed = [token]
+    yield from generation.follow(prompt, limit, sampling, stop_ids)
 
 
 def _choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:

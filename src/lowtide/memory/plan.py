@@ -20,6 +20,7 @@ from lowtide.model.kept import kept_elements
 from lowtide.model.spec import ModelSpec
 from lowtide.model.workspace import Workspace, mlp_tile_width, score_capacity
 from lowtide.ops.attention import allocated_elements, self_segments
+from lowtide.ops.dropout import DRAW_BYTES
 from lowtide.ops.products import (
     KERNEL_BYTES,
     goes_to_onednn,
@@ -29,7 +30,7 @@ from lowtide.ops.products import (
 )
 from lowtide.train.optim import OPTIMIZERS, Held
 from lowtide.train.states import master_bytes
-from lowtide.weights.storages import STORAGES
+from lowtide.weights.storages import READ
 
 from .adapters import AdapterShape
 
@@ -40,7 +41,7 @@ KINDS = (
 _ROLES = ("q", "k", "v", "o", "gate", "up", "down")
 PLANNED = ("mesp", "lcsb", "mezo")
 """Methods whose memory is planned; the others' is autograd's to decide."""
-_LIBRARIES, _KEPT_SHARE = 3_000_000, 0.02
+_LIBRARIES, _KEPT_SHARE = 3_300_000, 0.02
 _SPARE_BYTES, _SPARE_SHARE = 3_000_000, 0.04
 
 
@@ -57,10 +58,10 @@ class Workload:
         accumulates: whether the gradients of all parameters live at once.
         lengths: tokens of each sequence of the largest batch.
         dtype: of the computation.
-        widened: whether weights are stored in another dtype, so that tiles are widened.
+        widened: whether tiles are copies of what is stored, and not views of it.
         state: how the optimiser keeps its state, a name of `train.states.STATES`.
         rounded: whether the adapter is in bfloat16 and the optimiser keeps the rest of it.
-        storage: of quantised weights, a name of STORAGES.
+        storages: what matrices are unpacked from, names of `weights.storages.READ`.
     """
 
     spec: ModelSpec
@@ -74,7 +75,7 @@ class Workload:
     widened: bool = True
     state: str = "float32"
     rounded: bool = False
-    storage: str | None = None
+    storages: tuple[str, ...] = ()
 
     @property
     def shape(self) -> AdapterShape:
@@ -146,6 +147,7 @@ def _predict(work: Workload, options: MethodOptions) -> Plan:
     by_kind["optimizer"] = optimizer_bytes(work)
     by_kind["gradients"] = accumulated_bytes(work) if work.accumulates else 0
     by_kind["intermediates"] += _unpacking_bytes(work, options)
+    by_kind["intermediates"] += DRAW_BYTES if work.config.lora_dropout else 0
     if options.block_inputs == "file":
         by_kind["block inputs"] = 0
     by_kind["buffers"] = _workspace_bytes(work, options)
@@ -208,27 +210,29 @@ def _kernel_bytes(work: Workload, options: MethodOptions, backward: bool) -> int
     shapes: set[tuple[object, ...]] = set()
     for role, rows, out, inner in products:
         tiled, other = (inner, out) if role == "down" else (out, inner)
-        apart = role not in ("gate", "up", "down", "head")  # dy is a slice of a whole matrix
-        for size in {min(width, tiled), tiled % width} - {0}:
+        # As many rows as the buffer holds, of a matrix that is narrower or wider than others.
+        most = width if role == "down" else max(1, width * hidden // inner)
+        for size in {min(most, tiled), tiled % most} - {0}:
             to_tile = {(m, other, size) for m in kernels(rows, size)}
             from_tile = {(m, size, other) for m in kernels(rows, other)}
             first, second = (from_tile, to_tile) if role == "down" else (to_tile, from_tile)
             shapes |= {("x W^T", *shape) for shape in first}
             if backward:
-                shapes |= {("dy W", apart and size < out, *shape) for shape in second}
+                shapes |= {("dy W", *shape) for shape in second}
     return KERNEL_BYTES * len(shapes) + scratch_bytes(tokens, hidden, work.dtype)
 
 
 def _unpacking_bytes(work: Workload, options: MethodOptions) -> int:
     """What unpacking the largest tile of quantised weights takes beside the tile."""
-    if work.storage is None:
-        return 0
-    spec, storage, size = work.spec, STORAGES[work.storage], work.dtype.itemsize
+    spec, size = work.spec, work.dtype.itemsize
     hidden, inner = spec.hidden_size, spec.intermediate_size
     width = mlp_tile_width(spec, work.tokens, options.tiles)
     most = width if goes_to_onednn() else 2 * width  # of `Workspace.linear_tile`
-    rows = storage.scratch_bytes(most, (0, hidden), hidden, size)
-    return max(rows, storage.scratch_bytes(hidden, (0, width), inner, size))
+    tiles = ((most, (0, hidden), hidden), (hidden, (0, width), inner))
+    return max(
+        (READ[name].scratch_bytes(*tile, size) for name in work.storages for tile in tiles),
+        default=0,
+    )
 
 
 def _vectors(spec: ModelSpec) -> int:

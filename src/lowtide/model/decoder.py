@@ -14,16 +14,19 @@ from lowtide.ops.attention import Segment, self_segments
 from lowtide.ops.dora import Magnitude
 from lowtide.ops.glu import Glu
 from lowtide.ops.lora_linear import Linear, Lora
+from lowtide.weights.base import Weights
 from lowtide.weights.checkpoint import Checkpoint, dtype_name
+from lowtide.weights.gguf.file import is_gguf
 from lowtide.weights.matrix import StoredMatrix
 from lowtide.weights.residency import Residency
 
 from .adapter import MAGNITUDE, Adapter, parameter_name
 from .block import Block, Norms, Positions
 from .families import read_config, spec_from_config
+from .gguf.home import open_gguf
 from .hub import resolve_model
 from .projections import by_role
-from .quantized import cached_checkpoint
+from .quantized import cached_checkpoint, refuse_quantizing
 from .resident import limit_resident
 from .rope import rope_tables
 from .row_norms import RowNorms
@@ -45,20 +48,24 @@ class Decoder:
     def __init__(
         self,
         spec: ModelSpec,
-        checkpoint: Checkpoint,
+        checkpoint: Weights,
         dtype: torch.dtype,
         dtype_reason: str,
         directory: Path,
+        *,
+        path: Path | None = None,
     ) -> None:
-        """Check the checkpoint against the spec and wrap its tensors; use `load_model`.
+        """Check the weights against the spec and wrap them; use `load_model`.
 
-        `directory` is the model's; `checkpoint`, which may lie in a cache, has its weights.
+        `directory` has config.json and the tokenizer's files; `checkpoint` may lie elsewhere.
+        `path` is the model as the user gave it, where that is not the directory.
         """
         optional = [HEAD] if spec.tied_head else []
         checkpoint.check(spec.tensor_shapes(), optional)
         self.spec = spec
         self.checkpoint = checkpoint
         self.directory = directory
+        self.path = directory if path is None else path
         self.compute_dtype = dtype
         self.dtype_reason = dtype_reason
         table = (spec.vocab_size, spec.hidden_size)
@@ -83,13 +90,31 @@ class Decoder:
             )
 
     @property
+    def matrices(self) -> list[StoredMatrix]:
+        """All matrices, an embedding that is also the head twice."""
+        linears = [one.weight for linears in self.linears for one in linears.values()]
+        return [self.embedding, *linears, self.head]
+
+    @property
+    def copies_tiles(self) -> bool:
+        """Whether any tile is a copy in the caller's buffer, and not a view of the file."""
+        return any(matrix.copies for matrix in self.matrices)
+
+    @property
+    def storages(self) -> tuple[str, ...]:
+        """What matrices are unpacked from, by name."""
+        found = {one.storage.name for one in self.matrices if one.storage is not None}
+        return tuple(sorted(found))
+
+    @property
     def stored_dtypes(self) -> list[str]:
         """Dtypes and quantised storages found in the files, by name."""
         return sorted({self.checkpoint.stored_as(name) for name in self.spec.tensor_shapes()})
 
     def in_dtype(self, dtype: torch.dtype) -> Decoder:
         """The same model, on the same mapped weights, computing in another dtype."""
-        other = Decoder(self.spec, self.checkpoint, dtype, self.dtype_reason, self.directory)
+        reason, at = self.dtype_reason, self.path
+        other = Decoder(self.spec, self.checkpoint, dtype, reason, self.directory, path=at)
         other.resident_weights = self.resident_weights
         other.residency = limit_resident(other, self.resident_weights)
         return other
@@ -242,8 +267,8 @@ def load_model(
     """Open a model for training or generation, on mapped weights.
 
     Args:
-        model: a local Hugging Face directory, one that `lowtide quantize` wrote, or a hub id such
-            as `Qwen/Qwen2.5-0.5B`.
+        model: a local Hugging Face directory, one that `lowtide quantize` wrote, a GGUF file, or a
+            hub id such as `Qwen/Qwen2.5-0.5B`.
         compute_dtype: `float32` or `float64`, by name or as a torch dtype; None chooses and
             keeps the reason in `dtype_reason`.
         quantize: a name of `weights.storages.STORAGES`, such as `int4`: the weights are quantised
@@ -264,13 +289,18 @@ def load_model(
     if isinstance(compute_dtype, torch.dtype):
         compute_dtype = dtype_name(compute_dtype)
     dtype, reason = choose_compute_dtype(compute_dtype)
-    directory = resolve_model(str(model))
-    spec = spec_from_config(read_config(directory))
-    if quantize is None:
-        checkpoint = Checkpoint.open(directory)
+    path = resolve_model(str(model))
+    checkpoint: Weights
+    if is_gguf(path):
+        refuse_quantizing(path, quantize)
+        directory, checkpoint = open_gguf(path)
+        spec = spec_from_config(read_config(directory))
     else:
-        checkpoint = cached_checkpoint(directory, quantize)
-    decoder = Decoder(spec, checkpoint, dtype, reason, directory)
+        directory, spec = path, spec_from_config(read_config(path))
+        checkpoint = (
+            Checkpoint.open(path) if quantize is None else cached_checkpoint(path, quantize)
+        )
+    decoder = Decoder(spec, checkpoint, dtype, reason, directory, path=path)
     decoder.resident_weights = resident_weights
     decoder.residency = limit_resident(decoder, resident_weights)
     return decoder

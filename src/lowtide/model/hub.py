@@ -9,29 +9,31 @@ import sys
 from pathlib import Path
 
 from lowtide.errors import ModelError
+from lowtide.weights.gguf.file import is_gguf
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
 
 
 def resolve_model(model: str) -> Path:
-    """A local directory for `model`, downloading from the hub when it is an id.
+    """A local path for `model`, downloading from the hub when it is an id.
 
     Args:
         model: a path, or an id such as `Qwen/Qwen2.5-0.5B`.
 
     Returns:
-        The directory. Whether it holds a usable model is for the caller to find out.
+        A directory or a GGUF file. Whether it holds a usable model is for the caller to find out.
 
     Raises:
         ModelError: the path is empty, or the id cannot be found, reached or may not be read.
     """
     if not model.strip():
         raise ModelError(
-            "the model is an empty path; give a directory or a hub id such as Qwen/Qwen2.5-0.5B."
+            "the model is an empty path; give a directory, a GGUF file or a hub id such as "
+            "Qwen/Qwen2.5-0.5B."
         )
     path = Path(model).expanduser()
-    if path.exists() or not _HUB_ID.fullmatch(model):
+    if path.exists() or is_gguf(path) or not _HUB_ID.fullmatch(model):
         return path
     return _download(model)
 

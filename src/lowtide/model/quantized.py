@@ -16,7 +16,8 @@ from lowtide.caches import cache_root
 from lowtide.command import lowtide_command
 from lowtide.config import did_you_mean
 from lowtide.errors import KINDS, ConfigError, LowtideError, ModelError, OutputError
-from lowtide.weights.checkpoint import INDEX_FILE, Checkpoint, weight_files
+from lowtide.weights.checkpoint import Checkpoint, weight_files
+from lowtide.weights.gguf.file import is_gguf
 from lowtide.weights.manifest import MANIFEST_FILE, PARTIAL_FILE, STORAGE_KEY, Manifest
 from lowtide.weights.quantize import JOURNAL_FILE, Said, finish, quantize_files
 from lowtide.weights.storages import STORAGES
@@ -24,11 +25,9 @@ from lowtide.weights.writer import write_atomically
 
 from .families import read_config, spec_from_config
 from .hub import resolve_model
+from .side_files import CONFIG_FILE, side_files
 from .spec import HEAD
 
-_CONFIG_FILE = "config.json"
-_COPIED = ("*.json", "*.jinja", "*.txt", "tokenizer.model", "LICENSE*", "NOTICE*")
-_OWN_FILES = (_CONFIG_FILE, INDEX_FILE, MANIFEST_FILE)
 _UNFINISHED = (PARTIAL_FILE, JOURNAL_FILE)
 
 
@@ -54,6 +53,7 @@ def quantize_model(
     """
     check_storage(storage)
     directory = resolve_model(model)
+    refuse_quantizing(directory, storage)
     config = read_config(directory)
     _refuse_quantized(directory)
     spec = spec_from_config(config)
@@ -66,9 +66,10 @@ def quantize_model(
         raise OutputError(f"{out} cannot be made: {error.strerror}. Choose another.") from error
     files = checkpoint.files
     manifest = quantize_files(files, out, spec.tensor_shapes(), STORAGES[storage], said)
-    _copy_files(directory, out)
+    for path in side_files(directory):
+        write_atomically(out / path.name, [path.read_bytes()])
     marked = {**config, "quantization_config": {STORAGE_KEY: storage}}
-    write_atomically(out / _CONFIG_FILE, [(json.dumps(marked, indent=2) + "\n").encode()])
+    write_atomically(out / CONFIG_FILE, [(json.dumps(marked, indent=2) + "\n").encode()])
     finish(out, manifest)
     return manifest
 
@@ -190,6 +191,24 @@ def _quantize_in_child(directory: Path, cache: Path, storage: str) -> None:
         ) from None
 
 
+def refuse_quantizing(path: Path, storage: str | None) -> None:
+    """Refuse to quantise what is in a GGUF file.
+
+    Args:
+        path: of a model.
+        storage: what it should be quantised to; None to take it as it is.
+
+    Raises:
+        ModelError: it is a GGUF file, and a storage is given.
+    """
+    if storage is not None and is_gguf(path):
+        raise ModelError(
+            f"{path} is a GGUF file, whose weights are used as they are stored there; most are "
+            "quantised already. Leave --quantize out, take a GGUF file of another type, or "
+            "quantise the model directory that it was made of."
+        )
+
+
 def _refuse_quantized(directory: Path) -> None:
     manifest = Manifest.find(directory)
     if manifest is not None:
@@ -232,11 +251,3 @@ def _is_marked(out: Path) -> bool:
         return STORAGE_KEY in read_config(out).get("quantization_config", {})
     except (ModelError, TypeError):
         return False
-
-
-def _copy_files(source: Path, out: Path) -> None:
-    """The tokenizer's and other small files, byte for byte."""
-    paths = {path for pattern in _COPIED for path in source.glob(pattern)}
-    for path in sorted(paths):
-        if path.is_file() and path.name not in _OWN_FILES:
-            write_atomically(out / path.name, [path.read_bytes()])

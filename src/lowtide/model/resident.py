@@ -46,7 +46,7 @@ def limit_resident(model: Decoder, limit: int | str | None) -> Residency | None:
         )
     if wanted < residency.smallest_limit:
         raise ConfigError(
-            f"--resident-weights {limit} is {wanted:,} bytes, and {model.directory} needs at least "
+            f"--resident-weights {limit} is {wanted:,} bytes, and {model.path} needs at least "
             f"{residency.smallest_limit:,}: a block in use and the next one being read. Give at "
             "least that much."
         )

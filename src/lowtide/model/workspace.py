@@ -151,9 +151,15 @@ class Workspace:
             parts += [self._wide[3], self._wide[4][touched:], *self._wide[5:]]
             parts += self._narrow[2:]
             parts += [] if fused else self.scores[1:]
+            if not apart:
+                parts += self.glu.activations[2:]
+                parts += [self.tile[len(self.linear_tile) :]] if widened else []
         elif not recomputes:
             parts += [wide[tokens * spec.hidden_size :] for wide in self._wide[1:3]]
             parts += [*self._narrow[:2], self._raw]
+            # What is kept of G and U lies elsewhere; the loss takes one piece, or two.
+            one_piece = len(self.linear_tile) < len(self.tile) and not spec.logit_softcap
+            parts += [self.glu.activations[1]] if one_piece and not apart else []
         return sum(part.numel() for part in parts) * self.dtype.itemsize
 
     def fits(self, tokens: int, length: int) -> bool:

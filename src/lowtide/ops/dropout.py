@@ -16,6 +16,8 @@ _ROW_STEP, _COL_STEP = 0x1E3779B9, 0x5BD1E995
 _MIX_1, _MIX_2 = 0x2C1B3C6D, 0x297A2D39
 _MASK_31 = 0x7FFFFFFF
 _DRAWN_ELEMENTS = 1 << 15
+DRAW_BYTES = 4 * 8 * _DRAWN_ELEMENTS
+"""What a draw takes: keys, bits, bits shifted, and the bits before them."""
 
 
 def dropout_scale(x: Tensor, p: float, seed: int, first_col: int = 0, first_row: int = 0) -> Tensor:
@@ -71,6 +73,6 @@ def row_spans(rows: int, columns: int) -> list[tuple[int, int]]:
 def _mix(value: Tensor) -> Tensor:
     """An integer finaliser (multiply and xor-shift) on the low 31 bits of int64 values."""
     value = value & _MASK_31
-    value = ((value ^ (value >> 15)) * _MIX_1) & _MASK_31
-    value = ((value ^ (value >> 12)) * _MIX_2) & _MASK_31
-    return value ^ (value >> 15)
+    value.bitwise_xor_(value >> 15).mul_(_MIX_1).bitwise_and_(_MASK_31)
+    value.bitwise_xor_(value >> 12).mul_(_MIX_2).bitwise_and_(_MASK_31)
+    return value.bitwise_xor_(value >> 15)

@@ -17,7 +17,6 @@ from lowtide.memory.plan import Plan, Workload, predict
 from lowtide.methods import MethodOptions
 from lowtide.model.decoder import Decoder
 from lowtide.sizes import size_in_bytes
-from lowtide.weights.checkpoint import dtype_name
 
 from .settings import ModelSettings, StepSettings, check_step
 
@@ -76,7 +75,7 @@ def workload(
     Returns:
         The question.
     """
-    config, storage = settings.lora_config(model.spec), model.checkpoint.storage
+    config = settings.lora_config(model.spec)
     return Workload(
         spec=model.spec,
         config=config,
@@ -86,10 +85,10 @@ def workload(
         accumulates=accumulates,
         lengths=tuple(lengths),
         dtype=model.compute_dtype,
-        widened=model.stored_dtypes != [dtype_name(model.compute_dtype)],
+        widened=model.copies_tiles,
         state=settings.optimizer_state,
         rounded=settings.rounded_dtype is not None,
-        storage=None if storage is None else storage.name,
+        storages=model.storages,
     )
 
 

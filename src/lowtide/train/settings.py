@@ -25,7 +25,7 @@ class ModelSettings:
     """Which model, and how it computes."""
 
     model: str = setting(
-        help="model directory, or a Hugging Face hub id", filled=True, changeable=True
+        help="model directory, GGUF file, or Hugging Face hub id", filled=True, changeable=True
     )
     compute_dtype: str | None = setting(
         None,

@@ -97,7 +97,7 @@ def _facts(trainer: Trainer, data: PrepareReport) -> dict[str, Any]:
         "process": process_identity(os.getpid()),
         "machine": environment(),
         "model": {
-            "directory": str(model.directory),
+            "directory": str(model.path),
             "model_type": model.spec.model_type,
             "n_parameters": model.spec.n_parameters,
             "num_layers": model.spec.num_layers,

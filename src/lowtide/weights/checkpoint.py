@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,9 +18,10 @@ from torch import Tensor
 
 from lowtide.errors import ModelError, listed
 
+from .base import Weights
 from .manifest import MANIFEST_FILE, STORAGE_KEY, Manifest
 from .matrix import MappedMatrix, StoredMatrix
-from .storages.base import QuantizedMatrix, Storage
+from .storages.base import QuantizedMatrix, Quantizer
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -29,40 +29,24 @@ STORED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias", ".attn.bias")
 
 
-class FileState(NamedTuple):
-    """What tells one content of a file from another without reading it."""
-
-    device: int
-    inode: int
-    size: int
-    mtime_ns: int
-
-    @classmethod
-    def of(cls, path: Path) -> FileState | None:
-        """The state now, or None where there is no such file."""
-        try:
-            found = os.stat(path)
-        except OSError:
-            return None
-        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
-
-
-class Checkpoint:
+class Checkpoint(Weights):
     """The tensors of a model directory by Hugging Face name, on mapped memory."""
+
+    kind = "safetensors"
 
     def __init__(
         self,
         directory: Path,
         tensors: Mapping[str, Tensor],
         files: list[Path],
-        storage: Storage | None = None,
+        storage: Quantizer | None = None,
     ) -> None:
         """Wrap already opened tensors; use `Checkpoint.open`."""
+        super().__init__(files)
         self.directory = directory
-        self.files = files
         self.storage = storage
+        self.is_plain = storage is None
         self._tensors = tensors
-        self._states = {path: FileState.of(path) for path in files}
 
     @classmethod
     def open(cls, directory: Path) -> Checkpoint:
@@ -95,17 +79,12 @@ class Checkpoint:
         _check_index(directory, tensors)
         return cls(directory, tensors, files, None if manifest is None else manifest.kind)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the weight files on disk."""
-        return sum(path.stat().st_size for path in self.files)
-
     def __getitem__(self, name: str) -> Tensor:
         """The stored tensor of that name."""
         return self._tensors[name]
 
     def __contains__(self, name: object) -> bool:
-        """Whether the checkpoint has a tensor of that name."""
+        """Whether a tensor of that name is stored as it is."""
         return name in self._tensors
 
     def stored_as(self, name: str) -> str:
@@ -114,14 +93,10 @@ class Checkpoint:
             return self.storage.name
         return dtype_name(self._tensors[name].dtype)
 
-    def bytes_by_storage(self, names: Iterable[str]) -> dict[str, int]:
-        """Bytes of the tensors of these names, by storage or dtype."""
-        found: dict[str, int] = {}
-        for name in names:
-            parts = [name] if name in self._tensors else self._parts(name)
-            size = sum(self._tensors[part].nbytes for part in parts)
-            found[self.stored_as(name)] = found.get(self.stored_as(name), 0) + size
-        return found
+    def stored_bytes(self, name: str) -> int:
+        """Bytes of a tensor, or of the parts that a quantised matrix is stored as."""
+        parts = [name] if name in self._tensors else self._parts(name)
+        return sum(self._tensors[part].nbytes for part in parts)
 
     def _parts(self, name: str) -> list[str]:
         """What a quantised matrix is stored as."""
@@ -134,48 +109,8 @@ class Checkpoint:
         parts = {part: self._tensors[f"{name}.{part}"] for part in self.storage.entries(shape)}
         return QuantizedMatrix(self.storage, parts, shape, compute_dtype)
 
-    def check_unchanged(self) -> None:
-        """See that the weight files are those that were opened: one stat(2) per file.
-
-        A file that is replaced by renaming leaves the mapped one as it was: what was computed so
-        far is right, but the path now means other weights. A file that is written in place changes
-        under the reader, and one that is cut short ends the process with SIGBUS if a missing page
-        is read before this is called.
-
-        Raises:
-            ModelError: lists every file that is gone, another one, or was written to.
-        """
-        problems = []
-        for path, opened in self._states.items():
-            now = FileState.of(path)
-            if now == opened:
-                continue
-            if now is None or opened is None:
-                problems.append(f"{path} is gone")
-            elif now[:2] != opened[:2]:
-                problems.append(f"{path} was replaced by another file")
-            else:
-                sizes = f" ({opened.size:,} bytes before, {now.size:,} now)"
-                problems.append(
-                    f"{path} was written to{sizes if now.size != opened.size else ' in place'}"
-                )
-        if problems:
-            raise ModelError(
-                f"the model's weights changed while they were in use:\n{listed(problems)}\nAn "
-                "adapter fits the weights that it was trained on. Put them back, or start again "
-                "with those that are there now; keep a model's files as they are while it is used."
-            )
-
     def check(self, expected: Mapping[str, tuple[int, ...]], optional: Iterable[str] = ()) -> None:
-        """Compare names, shapes and dtypes with what the model needs, all problems at once.
-
-        Args:
-            expected: shape by tensor name.
-            optional: names that may be there and are not used.
-
-        Raises:
-            ModelError: lists every missing, extra, wrongly shaped or wrongly stored tensor.
-        """
+        """See `Weights.check`."""
         entries = stored_entries(expected, self.storage)
         problems = [
             f"missing: {name} {list(shape)}"
@@ -205,7 +140,7 @@ class Checkpoint:
 
 
 def stored_entries(
-    tensors: Mapping[str, tuple[int, ...]], storage: Storage | None
+    tensors: Mapping[str, tuple[int, ...]], storage: Quantizer | None
 ) -> dict[str, tuple[torch.dtype | None, tuple[int, ...]]]:
     """What the tensors of a model are stored as: matrices by parts where there is a storage.
 

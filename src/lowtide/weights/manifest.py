@@ -18,7 +18,7 @@ from lowtide.errors import ModelError, listed
 
 from .places import read_header, read_places
 from .storages import STORAGES
-from .storages.base import Storage
+from .storages.base import Quantizer
 from .writer import write_atomically
 
 MANIFEST_FILE = "lowtide_quantization.json"
@@ -98,7 +98,7 @@ class Manifest:
     relative_rms_errors: dict[str, float]
 
     @property
-    def kind(self) -> Storage:
+    def kind(self) -> Quantizer:
         """The storage itself."""
         return STORAGES[self.storage]
 

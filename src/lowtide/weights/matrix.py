@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .storages.base import Storage
 
 _TAKE_ROWS = 128
 
@@ -30,9 +33,16 @@ class StoredMatrix(ABC):
 
     Implements `ops.frozen.FrozenMatrix`, and tells its watch, if it has one, what is about to be
     read.
+
+    Attributes:
+        watch: told of reads.
+        storage: what tiles are unpacked from; None where numbers are stored as they are.
+        copies: whether tiles are copies in the caller's buffer, not views of the file.
     """
 
     watch: Watch | None = None
+    storage: Storage | None = None
+    copies: bool
 
     @property
     @abstractmethod
@@ -56,8 +66,8 @@ class StoredMatrix(ABC):
         """The mapped tensors that rows `[start, stop)` are stored as."""
 
     @abstractmethod
-    def _take(self, indices: Tensor, out: Tensor) -> None:
-        """`out = W[indices]`, all at once."""
+    def take_(self, indices: Tensor, out: Tensor) -> None:
+        """`out = W[indices]`, all at once, and no watch is told."""
 
     def rows_per_tile(self, buffer: Tensor) -> int:
         """Rows that one call of `rows` may ask for.
@@ -70,11 +80,14 @@ class StoredMatrix(ABC):
 
     def take(self, indices: Tensor, out: Tensor) -> None:
         """`out = W[indices]`, some rows at a time."""
-        for start in range(0, len(indices), _TAKE_ROWS):
-            some = slice(start, start + _TAKE_ROWS)
-            self._take(indices[some], out[some])
+        self._gather(indices, out)
         if self.watch is not None:
             self.watch.looked_up()
+
+    def _gather(self, indices: Tensor, out: Tensor) -> None:
+        for start in range(0, len(indices), _TAKE_ROWS):
+            some = slice(start, start + _TAKE_ROWS)
+            self.take_(indices[some], out[some])
 
     def _reading(self, start: int) -> None:
         """Rows from `start`, or all of some columns, are about to be read."""
@@ -92,7 +105,7 @@ class MappedMatrix(StoredMatrix):
     def __init__(self, stored: Tensor, compute_dtype: torch.dtype) -> None:
         """Wrap `stored`, a 2-D tensor on mapped memory."""
         self._stored = stored
-        self._direct = stored.dtype == compute_dtype
+        self.copies = stored.dtype != compute_dtype
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -124,11 +137,57 @@ class MappedMatrix(StoredMatrix):
         """The mapped tensors that rows `[start, stop)` are stored as."""
         return [self._stored[start:stop]]
 
-    def _take(self, indices: Tensor, out: Tensor) -> None:
-        out.copy_(self._stored[indices])
+    def take_(self, indices: Tensor, out: Tensor) -> None:
+        """See `StoredMatrix.take_`."""
+        if out.dtype == self._stored.dtype:
+            torch.index_select(self._stored, 0, indices, out=out)
+        else:
+            out.copy_(self._stored.index_select(0, indices))
 
     def _widened(self, part: Tensor, buffer: Tensor) -> Tensor:
-        if self._direct:
+        if not self.copies:
             return part
         rows, cols = part.shape
         return buffer.as_strided((rows, cols), (cols, 1)).copy_(part)
+
+
+class ReorderedMatrix(StoredMatrix):
+    """A frozen `(out, in)` matrix whose rows lie in another order in the file."""
+
+    copies = True
+
+    def __init__(self, stored: StoredMatrix, order: Tensor) -> None:
+        """Wrap `stored`; row i here is its row `order[i]`."""
+        self._stored, self._order = stored, order
+        self.storage = stored.storage
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out, in)`."""
+        return self._stored.shape
+
+    def rows(self, start: int, stop: int, buffer: Tensor) -> Tensor:
+        """`W[start:stop]` in the compute dtype, `(stop - start, in)`."""
+        self._reading(start)
+        out = buffer[: (stop - start) * self.shape[1]].view(stop - start, -1)
+        self._stored._gather(self._order[start:stop], out)
+        return out
+
+    def cols(self, start: int, stop: int, buffer: Tensor) -> Tensor:
+        """`W[:, start:stop]` in the compute dtype, `(out, stop - start)`; copied twice."""
+        self._reading(0)
+        moved = self._stored.cols(start, stop, buffer).index_select(0, self._order)
+        return buffer[: moved.numel()].view(moved.shape).copy_(moved)
+
+    def whole(self) -> Tensor:
+        """The whole matrix in a floating dtype, for reference code and tests."""
+        self._reading(0)
+        return self._stored.whole().index_select(0, self._order)
+
+    def stored(self, start: int, stop: int) -> list[Tensor]:
+        """The mapped tensors that rows `[start, stop)` are stored as: all, since they are mixed."""
+        return self._stored.stored(0, self.shape[0])
+
+    def take_(self, indices: Tensor, out: Tensor) -> None:
+        """See `StoredMatrix.take_`."""
+        self._stored.take_(self._order.index_select(0, indices), out)

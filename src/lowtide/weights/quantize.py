@@ -26,7 +26,7 @@ from lowtide.errors import ModelError, OutputError
 from .checkpoint import SINGLE_FILE, stored_entries
 from .manifest import MANIFEST_FILE, PARTIAL_FILE, STORAGE_KEY, Manifest, SourceFile
 from .places import Place, read_places
-from .storages.base import QuantizedMatrix, Storage
+from .storages.base import QuantizedMatrix, Quantizer
 from .writer import safetensors_header, tensor_bytes
 
 JOURNAL_FILE = "quantize.journal"
@@ -55,7 +55,7 @@ def quantize_files(
     files: Sequence[Path],
     out: Path,
     tensors: Mapping[str, tuple[int, ...]],
-    storage: Storage,
+    storage: Quantizer,
     said: Said = lambda text: None,
 ) -> Manifest:
     """Write the quantised weights of a model; `finish` makes them a model.
@@ -130,7 +130,7 @@ def finish(out: Path, manifest: Manifest) -> None:
 
 
 def _layout(
-    tensors: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype], storage: Storage
+    tensors: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, torch.dtype], storage: Quantizer
 ) -> _Layout:
     """Tensors in the model's order; vectors keep their dtype."""
     entries = {
@@ -231,7 +231,7 @@ def _quantize_file(
     path: Path,
     descriptor: int,
     layout: _Layout,
-    storage: Storage,
+    storage: Quantizer,
     done: dict[str, _Written],
     journal: _Journal,
 ) -> None:
@@ -251,7 +251,7 @@ def _quantize_tensor(
     source: tuple[int, Place],
     descriptor: int,
     parts: dict[str, Place],
-    storage: Storage,
+    storage: Quantizer,
 ) -> _Written:
     """Read a tensor, write its parts, and measure what that changed."""
     held, place = source

@@ -76,12 +76,18 @@ def read_config(directory: Path) -> dict[str, Any]:
         found = "is a file" if directory.exists() else "does not exist"
         raise ModelError(
             f"{directory} {found}; give a model directory (config.json, tokenizer.json, "
-            "*.safetensors) or a Hugging Face hub id such as Qwen/Qwen2.5-0.5B."
+            "*.safetensors), a GGUF file or a Hugging Face hub id such as Qwen/Qwen2.5-0.5B."
         )
     if not path.is_file() and (directory / PARTIAL_FILE).is_file():
         raise ModelError(
             f"{directory} holds a quantised model that was not finished. Give the command that "
             "began it again, and it goes on where it ended."
+        )
+    files = sorted(one.name for one in directory.glob("*.gguf"))
+    if not path.is_file() and files:
+        raise ModelError(
+            f"{directory} has no config.json, and holds GGUF files. Give one of them: "
+            f"{', '.join(str(directory / name) for name in files[:3])}."
         )
     if not path.is_file():
         raise ModelError(

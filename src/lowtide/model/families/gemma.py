@@ -169,7 +169,7 @@ def _scalar(reader: MetadataReader, widest: int) -> dict[str, Any]:
     """llama.cpp knows the scale of scores by the number of layers: the widest model's differs."""
     heads = reader.integer("attention.head_count", 1)
     usual = reader.integer("embedding_length", 1) // heads
-    if reader.integer("block_count", 1) != widest:
+    if reader.layers() != widest:
         usual = reader.integer("attention.key_length", usual)
     return {"query_pre_attn_scalar": usual}
 
@@ -199,7 +199,7 @@ def _write2(spec: ModelSpec) -> dict[str, Any]:
 def _read3(reader: MetadataReader) -> dict[str, Any]:
     """A file without a window has none."""
     window = int(reader.optional("attention.sliding_window"))
-    layers = reader.integer("block_count", 1)
+    layers = reader.layers()
     pattern = reader.integer("attention.sliding_window_pattern", 6)
     kinds = [bool(window) and (layer + 1) % pattern != 0 for layer in range(layers)]
     return {

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from lowtide.errors import ModelError, listed, shown
 from lowtide.model.spec import ModelSpec
 
+MOST_LAYERS = 10_000
 FREQUENCY_FACTORS = "rope_freqs.weight"
 SHORT_FACTORS, LONG_FACTORS = "rope_factors_short.weight", "rope_factors_long.weight"
 # Tensors that no product reads: what each frequency of the rotary angles is divided by.
@@ -83,8 +84,7 @@ class MetadataReader:
         if value is None:
             self.problems.append(f"{self.key(name)} is missing")
             return 1.0
-        if hasattr(value, "item") and getattr(value, "size", 1) == 1:
-            value = value.item()
+        value = plain(value)
         if isinstance(value, bool) or not isinstance(value, int | float):
             self.problems.append(f"{self.key(name)} = {shown(value)} (expected a number)")
             return 1.0
@@ -102,10 +102,19 @@ class MetadataReader:
             self.problems.append(f"{self.key(name)} = {value:g} (expected a whole number)")
         return max(1, int(value))
 
+    def layers(self) -> int:
+        """How many blocks there are; of more than anybody has made, one is assumed."""
+        count = self.integer("block_count")
+        if count <= MOST_LAYERS:
+            return count
+        self.problems.append(f"{self.key('block_count')} = {count} is not sensible")
+        return 1
+
     def optional(self, name: str) -> float:
         """A number above 0, or 0 where the file does not say it or says 0."""
-        value = self.metadata.get(self.key(name))
-        return 0.0 if value is None or value == 0 else self.number(name)
+        value = plain(self.metadata.get(self.key(name)))
+        zero = isinstance(value, int | float) and value == 0
+        return 0.0 if value is None or zero else self.number(name)
 
     def text(self, name: str, default: str) -> str:
         """A string."""
@@ -129,8 +138,15 @@ class MetadataReader:
             )
 
 
+def plain(value: Any) -> Any:
+    """A number of numpy's as Python's; anything else as it is."""
+    return value.item() if hasattr(value, "item") and getattr(value, "size", 1) == 1 else value
+
+
 def decimal(value: float) -> float:
     """The number that a float32 in the file was written for: the shortest that rounds to it."""
+    if not abs(value) < 3e38:
+        return value
     for digits in range(6, 10):
         short = float(f"{value:.{digits}g}")
         if struct.pack("<f", short) == struct.pack("<f", value):

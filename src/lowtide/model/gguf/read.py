@@ -15,6 +15,7 @@ from .entry import (
     Gguf,
     MetadataReader,
     decimal,
+    plain,
 )
 
 Vector = Callable[[str], Sequence[float]]
@@ -68,9 +69,10 @@ def config_from_metadata(
             type, or contradicts the tensors.
     """
     entry = entry_of(metadata.get("general.architecture"))
-    if metadata.get("general.type", "model") != "model":
+    kind = metadata.get("general.type")
+    if kind is not None and not (isinstance(kind, str) and kind == "model"):
         raise ModelError(
-            f"this GGUF file is of type {shown(metadata['general.type'])}, not a model. Give the "
+            f"this GGUF file is of type {shown(kind)}, not a model. Give the "
             "file of the model itself."
         )
     reader = MetadataReader(metadata, entry.architecture, shapes)
@@ -103,7 +105,7 @@ def _shared(reader: MetadataReader, entry: Gguf) -> dict[str, Any]:
         "vocab_size": _vocab_size(reader, hidden),
         "hidden_size": hidden,
         "intermediate_size": reader.integer("feed_forward_length"),
-        "num_hidden_layers": reader.integer("block_count"),
+        "num_hidden_layers": reader.layers(),
         "num_attention_heads": heads,
         "num_key_value_heads": reader.integer("attention.head_count_kv", heads),
         "head_dim": head_dim,
@@ -115,9 +117,9 @@ def _shared(reader: MetadataReader, entry: Gguf) -> dict[str, Any]:
         if flag in entry.biases:
             config[flag] = f"blk.0.{name}.bias" in reader.shapes
     for role in _SPECIAL:
-        token = reader.metadata.get(f"tokenizer.ggml.{role}_token_id")
-        if token is not None:
-            config[f"{role}_token_id"] = int(token)
+        token = plain(reader.metadata.get(f"tokenizer.ggml.{role}_token_id"))
+        if isinstance(token, int):  # else who reads the tokenizer complains
+            config[f"{role}_token_id"] = token
     return config
 
 
@@ -140,7 +142,7 @@ def _vocab_size(reader: MetadataReader, hidden: int) -> int:
             f"tensor {_EMBEDDING} has {rows} rows and {reader.key('vocab_size')} says {said}"
         )
     tokens = reader.metadata.get("tokenizer.ggml.tokens")
-    if tokens is not None and len(tokens) != rows:
+    if isinstance(tokens, list | tuple) and len(tokens) != rows:
         reader.problems.append(
             f"tensor {_EMBEDDING} has {rows} rows and tokenizer.ggml.tokens {len(tokens)} tokens"
         )

@@ -1,4 +1,4 @@
-"""What a quantised storage is, and the frozen matrix over one."""
+"""What a quantised storage is, one that lowtide writes, and the frozen matrix over one."""
 
 from __future__ import annotations
 
@@ -17,20 +17,13 @@ Parts = Mapping[str, Tensor]
 class Storage(Protocol):
     """How the rows of a frozen matrix are stored. Rows do not depend on one another.
 
-    The function of a quantised model is the one with the matrices that `decode_` gives. Scales
-    are bfloat16, so that an integer times its scale is exact in float32 already: a model computes
-    with the same weights in every dtype.
+    The function of a quantised model is the one with the matrices that `decode_` gives, which are
+    the same in every dtype: float32 holds each weight.
     """
 
     @property
     def name(self) -> str:
-        """As `--quantize` calls it."""
-
-    def entries(self, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Dtype and shape by name of the parts of an `(out, in)` matrix."""
-
-    def encode(self, rows: Tensor) -> dict[str, Tensor]:
-        """The parts of some rows `(n, in)`, float32 and finite."""
+        """As people call it."""
 
     def scratch_bytes(self, rows: int, span: tuple[int, int], cols: int, itemsize: int) -> int:
         """What `decode_` allocates and frees beside `out`.
@@ -51,14 +44,30 @@ class Storage(Protocol):
         """`out = W[rows, start:stop]`, `(n, stop - start)` with contiguous rows."""
 
 
+class Quantizer(Storage, Protocol):
+    """A storage that `--quantize` can make.
+
+    Scales are bfloat16, so that an integer times its scale is exact in float32 already.
+    """
+
+    def entries(self, shape: tuple[int, int]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape by name of the parts of an `(out, in)` matrix."""
+
+    def encode(self, rows: Tensor) -> dict[str, Tensor]:
+        """The parts of some rows `(n, in)`, float32 and finite."""
+
+
 class QuantizedMatrix(StoredMatrix):
     """A frozen `(out, in)` matrix in a quantised storage."""
+
+    copies = True
 
     def __init__(
         self, storage: Storage, parts: Parts, shape: tuple[int, int], compute_dtype: torch.dtype
     ) -> None:
         """Wrap `parts`, on mapped memory."""
-        self._storage, self._parts = storage, parts
+        self.storage = self._storage = storage
+        self._parts = parts
         self._shape, self._dtype = shape, compute_dtype
 
     @property
@@ -89,5 +98,6 @@ class QuantizedMatrix(StoredMatrix):
         """The mapped tensors that rows `[start, stop)` are stored as."""
         return [part[start:stop] for part in self._parts.values()]
 
-    def _take(self, indices: Tensor, out: Tensor) -> None:
+    def take_(self, indices: Tensor, out: Tensor) -> None:
+        """See `StoredMatrix.take_`."""
         self._storage.decode_(out, self._parts, indices, (0, self._shape[1]))

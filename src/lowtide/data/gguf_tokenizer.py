@@ -1,0 +1,376 @@
+"""The tokenizer and the chat template in a GGUF file, written as the files of a model directory.
+
+Two kinds are read: SentencePiece's pieces that merge by score, with bytes for what they do not know
+(`tokenizer.ggml.model` is then called after the first model that had it), and byte-level BPE with
+its merges, whose pre-tokenizer the file names. What lowtide writes also says, under
+`lowtide.tokenizer`, what GGUF has no words for: tokenizer.json without its vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lowtide.data.pre_tokenizers import (
+    BYTE_LEVEL,
+    PRE_TOKENIZERS,
+    SENTENCEPIECE,
+    SWALLOW_SPACE_AFTER,
+    byte_level,
+)
+from lowtide.errors import ModelError, shown
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+"""Values of `tokenizer.ggml.token_type`."""
+PIPELINE_KEY = "lowtide.tokenizer"
+NO_MERGES = ["none"]
+"""Of a vocabulary of single bytes: llama.cpp wants a list, and reads one word as no merge."""
+SPACE = "\u2581"  # how SentencePiece writes a space
+_WHOLE_KEY = "tokenizer.huggingface.json"
+_REMEDY = "Give the directory of the model's own tokenizer.json with --tokenizer DIR."
+_ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+_ENDS = ("eos", "eot", "eom")
+
+
+class _Vocabulary(NamedTuple):
+    """The tokens of a file.
+
+    Attributes:
+        tokens: by id; unused ones at the end, which only fill rows up, are left out.
+        types: of each.
+        ids: by token.
+    """
+
+    tokens: list[str]
+    types: list[float]
+    ids: dict[str, int]
+
+
+def write_tokenizer(metadata: Mapping[str, Any], directory: Path) -> None:
+    """Write tokenizer.json, tokenizer_config.json and, where needed, generation_config.json.
+
+    Args:
+        metadata: the keys and values of a GGUF file.
+        directory: where; it exists.
+
+    Raises:
+        ModelError: the file holds no tokenizer, one of a kind or with a pre-tokenizer that lowtide
+            does not know, or one that contradicts itself.
+    """
+    files: dict[str, Any] = {"tokenizer.json": _whole(metadata)}
+    vocabulary = None
+    if files["tokenizer.json"] is None:
+        vocabulary = _read_vocabulary(metadata)
+        files["tokenizer.json"] = _tokenizer(metadata, vocabulary)
+    tokens = vocabulary.tokens if vocabulary else _strings(metadata, "tokenizer.ggml.tokens")
+    files["tokenizer_config.json"] = _config(metadata, tokens)
+    ends = [_id(metadata, role, len(tokens)) for role in _ENDS]
+    if any(ends[1:]):
+        files["generation_config.json"] = {"eos_token_id": [i for i in ends if i is not None]}
+    for name, content in files.items():
+        text = json.dumps(content, ensure_ascii=False)
+        (directory / name).write_text(text, encoding="utf-8")
+
+
+def _whole(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The tokenizer.json that some files carry whole."""
+    text = metadata.get(_WHOLE_KEY)
+    return _object(text, _WHOLE_KEY) if isinstance(text, str) else None
+
+
+def _object(text: str, key: str) -> dict[str, Any]:
+    """A tokenizer.json, or a part of one."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or not isinstance(found.get("model", {}), dict):
+        raise ModelError(f"the GGUF file's {key} is not a tokenizer.json. {_REMEDY}")
+    return found
+
+
+def _read_vocabulary(metadata: Mapping[str, Any]) -> _Vocabulary:
+    kind = metadata.get("tokenizer.ggml.model")
+    if kind in (None, "none", "no_vocab"):
+        raise ModelError(
+            "the GGUF file holds no tokenizer (tokenizer.ggml.model is "
+            f"{'missing' if kind is None else shown(kind)}). {_REMEDY}"
+        )
+    if kind not in (SENTENCEPIECE, BYTE_LEVEL):
+        raise ModelError(
+            f"the GGUF file's tokenizer is of kind {shown(kind)} (tokenizer.ggml.model); lowtide "
+            f"reads {SENTENCEPIECE!r} and {BYTE_LEVEL!r}. {_REMEDY}"
+        )
+    tokens = _strings(metadata, "tokenizer.ggml.tokens")
+    types = _numbers(metadata, "tokenizer.ggml.token_type", [NORMAL] * len(tokens))
+    if len(types) != len(tokens):
+        raise ModelError(
+            f"the GGUF file has {len(tokens)} tokens (tokenizer.ggml.tokens) and {len(types)} "
+            f"types of them (tokenizer.ggml.token_type). Download it again. {_REMEDY}"
+        )
+    while tokens and types[-1] == UNUSED:
+        tokens.pop()
+        types.pop()
+    ids: dict[str, int] = {}
+    for place, token in enumerate(tokens):
+        ids.setdefault(token, place)
+    return _Vocabulary(tokens, types, ids)
+
+
+def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
+    values = metadata.get(key)
+    if values is None:
+        raise ModelError(f"the GGUF file's tokenizer lacks {key}. {_REMEDY}")
+    if not isinstance(values, list | tuple) or not all(isinstance(one, str) for one in values):
+        raise ModelError(f"the GGUF file's {key} holds what is no text. {_REMEDY}")
+    return list(values)
+
+
+def _numbers(metadata: Mapping[str, Any], key: str, usual: Sequence[float]) -> list[float]:
+    values = metadata.get(key, usual)
+    found = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(found, list | tuple) or not all(
+        isinstance(one, int | float) and math.isfinite(one) for one in found
+    ):
+        raise ModelError(f"the GGUF file's {key} holds what is no number. {_REMEDY}")
+    return list(found)
+
+
+def _tokenizer(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> dict[str, Any]:
+    """tokenizer.json."""
+    pieces = metadata["tokenizer.ggml.model"] == SENTENCEPIECE
+    make = _sentencepiece if pieces else _byte_level
+    state = make(metadata, vocabulary)
+    pipeline = metadata.get(PIPELINE_KEY)
+    if isinstance(pipeline, str):
+        said = _object(pipeline, PIPELINE_KEY)
+        learned = {part: state["model"][part] for part in ("vocab", "merges")}
+        return {**said, "model": {**state["model"], **said.get("model", {}), **learned}}
+    swallows = SWALLOW_SPACE_AFTER.get(str(metadata.get("general.architecture")))
+    added = []
+    for place, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True)):
+        if kind in (UNKNOWN, CONTROL, USER_DEFINED):
+            content = _as_piece(token) if pieces and kind == USER_DEFINED else token
+            special = kind != USER_DEFINED
+            rstrip = pieces and special and swallows is not None and token not in swallows
+            added.append(_added(place, content, special, rstrip))
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, **state}
+
+
+def _added(place: int, content: str, special: bool, rstrip: bool) -> dict[str, Any]:
+    return {
+        "id": place,
+        "content": content,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": rstrip,
+        "normalized": False,
+        "special": special,
+    }
+
+
+def _as_piece(token: str) -> str:
+    """Files write runs of spaces that are tokens as spaces."""
+    return token.replace(" ", SPACE) if token.strip(" ") == "" else token
+
+
+def _byte_level(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> dict[str, Any]:
+    """Byte-level BPE."""
+    name = metadata.get("tokenizer.ggml.pre")
+    pre = PRE_TOKENIZERS.get(name) if isinstance(name, str) else None
+    if pre is None:
+        said = "is missing" if name is None else f"is {shown(name)}"
+        raise ModelError(
+            f"the GGUF file's pre-tokenizer (tokenizer.ggml.pre) {said}, and lowtide knows "
+            f"{', '.join(PRE_TOKENIZERS)}: texts would be cut otherwise than in training. {_REMEDY}"
+        )
+    merges = []
+    written = _strings(metadata, "tokenizer.ggml.merges")
+    for merge in written if written != NO_MERGES else []:
+        left, _, right = merge.partition(" ")
+        if left not in vocabulary.ids or right not in vocabulary.ids:
+            raise ModelError(
+                f"the GGUF file's tokenizer merges {shown(merge)}, of which it does not hold both "
+                f"parts. Download the file again. {_REMEDY}"
+            )
+        merges.append([left, right])
+    return {
+        "normalizer": None if pre.normalizer is None else {"type": pre.normalizer},
+        "pre_tokenizer": pre.stages(),
+        "post_processor": _around(metadata, vocabulary, pre.bos) or byte_level(False),
+        "decoder": byte_level(True),
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": pre.whole_words,
+            "vocab": vocabulary.ids,
+            "merges": merges,
+        },
+    }
+
+
+def _sentencepiece(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> dict[str, Any]:
+    """SentencePiece's BPE: of all pairs whose union is a piece, the one with the highest score."""
+    tokens = [
+        _as_piece(token) if kind == USER_DEFINED else token
+        for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
+    ]
+    ids: dict[str, int] = {}
+    for place, token in enumerate(tokens):
+        ids.setdefault(token, place)
+    if "tokenizer.ggml.merges" in metadata:
+        merges = [merge.split(" ", 1) for merge in _strings(metadata, "tokenizer.ggml.merges")]
+    else:
+        scores = _scores(metadata, len(tokens))
+        for place, kind in enumerate(vocabulary.types):
+            if kind == USER_DEFINED:  # these come before any other, whatever score a file gives
+                scores[place] = 0.0
+        merges = merges_by_score(ids, scores)
+    unknown = _id(metadata, "unknown", len(tokens))
+    if unknown is None:
+        unknown = next((i for i, kind in enumerate(vocabulary.types) if kind == UNKNOWN), None)
+    prefixed = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    steps: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if prefixed:
+        steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    prepend = {"type": "Prepend", "prepend": SPACE}
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": [prepend, replace]}
+        if prefixed
+        else replace,
+        "pre_tokenizer": None,
+        "post_processor": _around(metadata, vocabulary, True),
+        "decoder": {"type": "Sequence", "decoders": steps},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None if unknown is None else tokens[unknown],
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "ignore_merges": False,
+            "vocab": ids,
+            "merges": merges,
+        },
+    }
+
+
+def _scores(metadata: Mapping[str, Any], count: int) -> list[float]:
+    scores = _numbers(metadata, "tokenizer.ggml.scores", [])
+    if len(scores) < count:
+        raise ModelError(
+            f"the GGUF file has {count} tokens (tokenizer.ggml.tokens) and {len(scores)} scores of "
+            f"them (tokenizer.ggml.scores). Download it again. {_REMEDY}"
+        )
+    return scores
+
+
+def merges_by_score(ids: Mapping[str, int], scores: Sequence[float]) -> list[list[str]]:
+    """The merges that scores of pieces stand for, as transformers derives them.
+
+    Args:
+        ids: by piece.
+        scores: by id.
+
+    Returns:
+        Pairs of pieces, the first to be merged first.
+    """
+    found = []
+    for piece, place in ids.items():
+        halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        known = [(left, right) for left, right in halves if left in ids and right in ids]
+        known.sort(key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+        found += [(scores[place], left, right) for left, right in known]
+    found.sort(key=lambda one: (one[0], len(one[1]), len(one[2])), reverse=True)
+    return [[left, right] for _, left, right in found]
+
+
+def _around(
+    metadata: Mapping[str, Any], vocabulary: _Vocabulary, bos: bool
+) -> dict[str, Any] | None:
+    """The post-processor that puts BOS before a text and EOS after it, as the file says."""
+    marks = []
+    for role, usual in (("bos", bos), ("eos", False)):
+        place = _id(metadata, role, len(vocabulary.tokens))
+        wanted = bool(metadata.get(f"tokenizer.ggml.add_{role}_token", usual))
+        marks.append(vocabulary.tokens[place] if wanted and place is not None else None)
+    if marks == [None, None]:
+        return None
+
+    def special(text: str, side: int) -> dict[str, Any]:
+        return {"SpecialToken": {"id": text, "type_id": side}}
+
+    def line(names: str) -> list[dict[str, Any]]:
+        parts: list[dict[str, Any]] = []
+        for side, name in enumerate(names):
+            parts += [special(marks[0], side)] if marks[0] is not None else []
+            parts.append({"Sequence": {"id": name, "type_id": side}})
+            parts += [special(marks[1], side)] if marks[1] is not None else []
+        return parts
+
+    named = {
+        text: {"id": text, "ids": [vocabulary.ids[text]], "tokens": [text]}
+        for text in marks
+        if text is not None
+    }
+    return {
+        "type": "TemplateProcessing",
+        "single": line("A"),
+        "pair": line("AB"),
+        "special_tokens": named,
+    }
+
+
+def _id(metadata: Mapping[str, Any], role: str, count: int) -> int | None:
+    """The id of a token with a role, where the file names one."""
+    key = f"tokenizer.ggml.{role}_token_id"
+    value = metadata.get(key)
+    if value is None:
+        return None
+    value = value.item() if hasattr(value, "item") else value
+    place = value if isinstance(value, int) and not isinstance(value, bool) else -1
+    if not 0 <= place < count:
+        raise ModelError(
+            f"the GGUF file's {key} is {shown(value)}, and it has {count} tokens. Download it "
+            f"again. {_REMEDY}"
+        )
+    return place
+
+
+def _config(metadata: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, Any]:
+    """tokenizer_config.json."""
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config["clean_up_tokenization_spaces"] = False
+    for role, name in _ROLES.items():
+        place = _id(metadata, name, len(tokens))
+        if place is not None:
+            config[f"{role}_token"] = tokens[place]
+        elif role == "bos":
+            config["bos_token"] = None
+    template = metadata.get("tokenizer.chat_template")
+    named = [
+        {"name": key.removeprefix("tokenizer.chat_template."), "template": value}
+        for key, value in metadata.items()
+        if key.startswith("tokenizer.chat_template.") and isinstance(value, str)
+    ]
+    if isinstance(template, str):
+        config["chat_template"] = (
+            [{"name": "default", "template": template}, *named] if named else template
+        )
+    elif named:
+        config["chat_template"] = named
+    return config

@@ -20,7 +20,7 @@ _PLAIN = re.compile(r"[\w.-]+")
 MOST_CHARACTERS = 500
 """Of a key."""
 _CPU_S, _BYTES = 1, 512 << 20
-_CHILD = f"""
+CHILD = f"""
 import json, re, resource, sys, warnings
 warnings.simplefilter("ignore")
 resource.setrlimit(resource.RLIMIT_CPU, ({_CPU_S}, {_CPU_S}))
@@ -33,6 +33,7 @@ for number, (expression, paths) in enumerate(given):
     print(json.dumps([path for path in paths if found.match(path)]))
 print("done")
 """
+"""What the process runs: expressions and names from stdin, and the names that match to stdout."""
 
 
 def expression(key: str) -> str:
@@ -100,7 +101,7 @@ def _asked(keys: list[str], paths: list[str]) -> list[list[str]]:
     """The same of expressions, by a process with limits."""
     given = json.dumps([(expression(key), paths) for key in keys])
     done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", _CHILD],
+        [sys.executable, "-I", "-S", "-c", CHILD],
         input=given,
         capture_output=True,
         text=True,

@@ -18,6 +18,7 @@ from lowtide.errors import ConfigError, DataError
 from lowtide.methods import get_method
 from lowtide.model.adapter import Adapter
 from lowtide.model.decoder import Decoder, load_model
+from lowtide.model.kept import check_kept
 from lowtide.model.threads import set_threads
 from lowtide.sizes import size_in_bytes
 
@@ -89,10 +90,7 @@ def _train_in(
     resumed = find(directory, settings) if settings.resume else None
     model = open_model(settings)
     check_length(model, settings.max_seq_length)
-    config = settings.lora_config(model.spec)
-    adapter = Adapter.create(model, config, settings.seed, settings.rounded_dtype)
-    check_space(directory, _checkpoint_bytes(settings, adapter), settings.keep_checkpoints)
-    Groups(settings, adapter.parameters)  # refuses names that no parameter has
+    adapter = _new_adapter(directory, settings, model)
     fingerprints: dict[str, str | None] = {"model": model_fingerprint(model)}
     if resumed is not None:
         check_same(resumed, settings, fingerprints)
@@ -137,11 +135,7 @@ def _rehearse(directory: Path, settings: TrainSettings, observer: RunObserver) -
     check_stopping(settings, settings.iters or sys.maxsize, has_validation(settings))
     model = open_model(settings)
     check_length(model, settings.max_seq_length)
-    adapter = Adapter.create(
-        model, settings.lora_config(model.spec), settings.seed, settings.rounded_dtype
-    )
-    check_space(directory, _checkpoint_bytes(settings, adapter), settings.keep_checkpoints)
-    Groups(settings, adapter.parameters)
+    adapter = _new_adapter(directory, settings, model)
     observer.on_model(model, adapter)
     rehearsal = rehearse(settings, model, adapter, _request(settings, model))
     observer.on_rehearsal(rehearsal)
@@ -150,6 +144,16 @@ def _rehearse(directory: Path, settings: TrainSettings, observer: RunObserver) -
         0, step.loss, None, step.n_tokens, step.wall_s, step.cpu_s, step.peak_anon_bytes,
         step.peak_rss_bytes,
     )  # fmt: skip
+
+
+def _new_adapter(directory: Path, settings: TrainSettings, model: Decoder) -> Adapter:
+    """An untrained adapter, when all that depends on its shape has been checked."""
+    config = settings.lora_config(model.spec)
+    check_kept(settings.keep_blocks, model.spec, config)
+    adapter = Adapter.create(model, config, settings.seed, settings.rounded_dtype)
+    check_space(directory, _checkpoint_bytes(settings, adapter), settings.keep_checkpoints)
+    Groups(settings, adapter.parameters)  # refuses names that no parameter has
+    return adapter
 
 
 def _checkpoint_bytes(settings: TrainSettings, adapter: Adapter) -> int:

@@ -17,7 +17,7 @@ from small import write_small_tokenizer
 from test_family_tokenizers import AWKWARD, SPECIALS
 from tiny_tokenizer import write_tiny
 
-from lowtide.data.gguf_tokenizer import PIPELINE_KEY, merges_by_score, write_tokenizer
+from lowtide.data.gguf_tokenizer import PIPELINE_KEY, merges_by_score, tokenizer_files
 from lowtide.data.pre_tokenizers import PRE_TOKENIZERS, name_of
 from lowtide.data.tokenizer import Tokenizer
 from lowtide.errors import ModelError
@@ -47,6 +47,11 @@ LLAMA_CPP_DIFFERS = {
     "qwen3": _UNCOMPOSED,
 }
 """Texts that llama.cpp reads in another way than the model's own tokenizer."""
+
+
+def write_tokenizer(metadata: dict[str, Any], directory: Path) -> None:
+    for name, held in tokenizer_files(metadata).items():
+        (directory / name).write_text(json.dumps(held))
 
 
 def back(metadata: dict[str, Any], directory: Path) -> Tokenizer:

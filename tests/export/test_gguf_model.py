@@ -28,10 +28,13 @@ from gguf_models import (
     weights,
     write_model,
 )
+from small import write_small_tokenizer
 
 import lowtide as lt
+from lowtide.data.tokenizer import Tokenizer
 from lowtide.errors import ConfigError, ModelError, OutputError
 from lowtide.export.gguf_model import GGUF_DTYPES, write_gguf
+from lowtide.export.gguf_tokenizer import tokenizer_metadata
 from lowtide.model.gguf.tensors import gguf_tensors, row_order
 
 CASES = cases()
@@ -200,3 +203,38 @@ def test_memory_does_not_grow_with_a_tensor(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
     assert peak < 24e6  # a tile of 4 MB, its magnitudes, its blocks
+
+
+@pytest.mark.usefixtures("unpacked_here")
+@pytest.mark.parametrize("name", CASES)
+def test_our_reader_computes_what_the_directory_does(name: str, tmp_path: Path) -> None:
+    config = CASES[name]
+    directory = write_model(tmp_path / "model", config)
+    tensors = weights(config)
+    write_gguf(tmp_path / "model.gguf", config, tensors.__getitem__, "f32", {})
+    ours = lt.logits(lt.load_model(tmp_path / "model.gguf"), None, ids_of(config))
+    assert relative(ours, lt.logits(lt.load_model(directory), None, ids_of(config))) <= 1e-5
+
+
+@pytest.mark.usefixtures("unpacked_here")
+def test_a_file_has_its_tokenizer(tmp_path: Path) -> None:
+    config = {**SQUARE, "vocab_size": 270}
+    write_small_tokenizer(tmp_path)
+    tensors, metadata = weights(config), tokenizer_metadata(tmp_path, 270)
+    write_gguf(tmp_path / "model.gguf", config, tensors.__getitem__, "f16", metadata)
+    truth = Tokenizer.load(tmp_path)
+    ours = Tokenizer.load(lt.load_model(tmp_path / "model.gguf").directory)
+    text = "<|im_start|>é 1\n"
+    assert ours.encode(text) == truth.encode(text)
+    assert (ours.bos_id, ours.stop_ids) == (truth.bos_id, truth.stop_ids)
+    assert ours.chat_template == truth.chat_template
+
+
+@pytest.mark.usefixtures("unpacked_here")
+def test_a_file_without_a_tokenizer_says_so_where_one_is_needed(tmp_path: Path) -> None:
+    path = written(tmp_path, SQUARE, "f32")
+    model = lt.load_model(path)
+    with pytest.raises(ModelError) as caught:
+        Tokenizer.load(model.directory)
+    assert f"no tokenizer: {path}: the GGUF file holds no tokenizer" in str(caught.value)
+    assert "with --tokenizer DIR" in str(caught.value)

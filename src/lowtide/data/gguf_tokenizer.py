@@ -1,4 +1,4 @@
-"""The tokenizer and the chat template in a GGUF file, written as the files of a model directory.
+"""The tokenizer and the chat template in a GGUF file, as the files of a model directory.
 
 Two kinds are read: SentencePiece's pieces that merge by score, with bytes for what they do not know
 (`tokenizer.ggml.model` is then called after the first model that had it), and byte-level BPE with
@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from lowtide.data.pre_tokenizers import (
@@ -49,30 +48,29 @@ class _Vocabulary(NamedTuple):
     ids: dict[str, int]
 
 
-def write_tokenizer(metadata: Mapping[str, Any], directory: Path) -> None:
-    """Write tokenizer.json, tokenizer_config.json and, where needed, generation_config.json.
+def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The files of a model directory that hold the tokenizer and the chat template.
 
     Args:
         metadata: the keys and values of a GGUF file.
-        directory: where; it exists.
+
+    Returns:
+        What tokenizer.json, tokenizer_config.json and, where needed, generation_config.json hold.
 
     Raises:
         ModelError: the file holds no tokenizer, one of a kind or with a pre-tokenizer that lowtide
             does not know, or one that contradicts itself.
     """
-    files: dict[str, Any] = {"tokenizer.json": _whole(metadata)}
-    vocabulary = None
-    if files["tokenizer.json"] is None:
+    state, vocabulary = _whole(metadata), None
+    if state is None:
         vocabulary = _read_vocabulary(metadata)
-        files["tokenizer.json"] = _tokenizer(metadata, vocabulary)
+        state = _tokenizer(metadata, vocabulary)
     tokens = vocabulary.tokens if vocabulary else _strings(metadata, "tokenizer.ggml.tokens")
-    files["tokenizer_config.json"] = _config(metadata, tokens)
+    files = {"tokenizer.json": state, "tokenizer_config.json": _config(metadata, tokens)}
     ends = [_id(metadata, role, len(tokens)) for role in _ENDS]
     if any(ends[1:]):
         files["generation_config.json"] = {"eos_token_id": [i for i in ends if i is not None]}
-    for name, content in files.items():
-        text = json.dumps(content, ensure_ascii=False)
-        (directory / name).write_text(text, encoding="utf-8")
+    return files
 
 
 def _whole(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -363,9 +361,9 @@ def _config(metadata: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, Any
             config["bos_token"] = None
     template = metadata.get("tokenizer.chat_template")
     named = [
-        {"name": key.removeprefix("tokenizer.chat_template."), "template": value}
-        for key, value in metadata.items()
-        if key.startswith("tokenizer.chat_template.") and isinstance(value, str)
+        {"name": key.removeprefix("tokenizer.chat_template."), "template": metadata[key]}
+        for key in metadata
+        if key.startswith("tokenizer.chat_template.") and isinstance(metadata[key], str)
     ]
     if isinstance(template, str):
         config["chat_template"] = (

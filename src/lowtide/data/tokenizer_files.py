@@ -21,6 +21,8 @@ from lowtide.errors import ModelError, shown
 if TYPE_CHECKING:
     import tokenizers
 
+NO_TOKENIZER_FILE = "gguf.no-tokenizer"
+"""Says why a GGUF file's tokenizer could not be written beside its config.json."""
 _OTHER_TOKENIZERS = ("tokenizer.model", "vocab.json", "merges.txt", "vocab.txt", "tekken.json")
 
 
@@ -91,6 +93,8 @@ def _no_tokenizer(directory: Path) -> str:
     remedy = "Point --tokenizer at a directory that holds tokenizer.json."
     if not directory.is_dir():
         return f"no tokenizer: {directory} is not a directory. {remedy}"
+    if (directory / NO_TOKENIZER_FILE).is_file():
+        return f"no tokenizer: {read_json(directory / NO_TOKENIZER_FILE).get('reason')}"
     others = [name for name in _OTHER_TOKENIZERS if (directory / name).exists()]
     if not others:
         return f"no tokenizer: {directory} holds no tokenizer.json. {remedy}"

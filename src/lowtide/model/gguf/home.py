@@ -23,7 +23,7 @@ from .entry import ROPE_TENSORS
 from .tensors import row_order
 
 TENSORS_FILE, SUMS_FILE = "gguf.tensors", "gguf.sums"
-_FORMAT = 1
+_FORMAT = 2
 _OTHERS = {
     "adapter": "a LoRA adapter, not a model. Give the model that it was made for",
     "mmproj": "the image or audio part of a model. Give the file of its language model",

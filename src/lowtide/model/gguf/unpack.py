@@ -13,6 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from lowtide.data.gguf_tokenizer import tokenizer_files
+from lowtide.data.tokenizer_files import NO_TOKENIZER_FILE
 from lowtide.errors import LowtideError, ModelError, OutputError
 from lowtide.weights.gguf.file import GgufFile
 from lowtide.weights.writer import write_atomically
@@ -59,7 +61,15 @@ def _small_files(file: GgufFile) -> dict[str, Any]:
     except ModelError as error:
         raise ModelError(f"{file.path}: {error}") from error
     table = {name: (one.name, one.shape[0], one.heads, one.offset) for name, one in tensors.items()}
-    return {"config.json": config, TENSORS_FILE: table}
+    return {"config.json": config, TENSORS_FILE: table, **_tokenizer_files(file)}
+
+
+def _tokenizer_files(file: GgufFile) -> dict[str, Any]:
+    """The tokenizer's files, or why there are none: a model is read without one too."""
+    try:
+        return tokenizer_files(file.metadata)
+    except ModelError as error:
+        return {NO_TOKENIZER_FILE: {"reason": f"{file.path}: {error}"}}
 
 
 def _publish(scratch: Path, home: Path) -> None:

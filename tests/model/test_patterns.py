@@ -22,16 +22,6 @@ PATHS = [
 ENDLESS = "((.|.)*)+[A-Z]"
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.write_small_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.write_jsonl(tmp_path_factory.mktemp("data") / "d.jsonl", [{"text": "a b c"}])
-
-
 def pefts(keys: tuple[str, ...], path: str) -> str | None:
     """`peft.utils.other.get_pattern_key`, which returns the path where nothing matches."""
     from peft.utils.other import get_pattern_key

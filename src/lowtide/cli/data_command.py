@@ -81,7 +81,7 @@ def _look(settings: DataCheckSettings, output: Output, model: Decoder, lengths: 
     train, epoch = found.splits.get("train"), None
     if settings.estimate_time and train is not None and train.kept_lengths:
         epoch = time_epoch(settings, model, RecordLengths(lengths))
-        output.say(_time_line(epoch, train))
+        output.say(_time_line(epoch, train, settings.packing))
     usable = all(split.usable for split in found.splits.values())
     output.say(_verdict(found, usable))
     output.result(_document(found, epoch, usable))
@@ -155,11 +155,12 @@ def _about_all(found: DataCheck) -> Iterator[str]:
         yield f"warning     {text}"
 
 
-def _time_line(epoch: EpochTime, train: SplitCheck) -> str:
+def _time_line(epoch: EpochTime, train: SplitCheck, packing: bool) -> str:
+    like = "as the first batch has them" if packing else "whose lengths are spread as the records'"
     return (
         f"time        about {duration(epoch.epoch_s)} per epoch with these settings: "
         f"{epoch.batches:,} batches; measured: {epoch.steps} steps of {epoch.measured_tokens:,} "
-        f"tokens, whose lengths are spread as the records' are: {epoch.tokens_per_s:,.0f} tokens/s "
+        f"tokens, {like}: {epoch.tokens_per_s:,.0f} tokens/s "
         f"for {train.kept_tokens:,} tokens"
     )
 

@@ -24,7 +24,7 @@ LEFT_OUT = (
 )  # fmt: skip
 STEMS = sorted({re.sub(r"\d.*|_text", "", name) for name in FAMILIES} - {"phi"})
 NAME = re.compile("|".join([*STEMS, "phi3", "phi-3", "smollm"]), re.IGNORECASE)
-HUB_ID = re.compile(r"\b[A-Za-z][\w-]*/[\w.-]+|llama[.-]cpp|llama_cpp")
+HUB_ID = re.compile(r"\b[A-Za-z][\w-]*/[\w.-]+|llama[.-](?:cpp|cli)|llama_cpp")
 
 
 def _words(tree: ast.AST) -> Iterator[tuple[int, str]]:

@@ -104,7 +104,7 @@ def test_reordered_rows_in_any_tile(dtype: torch.dtype) -> None:
     inner = matrix("Q4_K", raw, dtype)
     ours, truth = ReorderedMatrix(inner, order), reference("Q4_K", raw)[order]
     buffer = torch.empty(24 * 512, dtype=dtype)
-    assert (ours.shape, ours.copies, ours.storage) == ((24, 512), True, inner.storage)
+    assert (ours.shape, ours.widens, ours.storage) == ((24, 512), True, inner.storage)
     assert same_bits(ours.whole(), truth)
     for start, stop in ((0, 24), (3, 4), (7, 20)):
         assert same_bits(ours.rows(start, stop, buffer), truth[start:stop])

@@ -23,8 +23,10 @@ from lowtide.memory import measure
 
 from .child import SkippedError
 
+_TRL = (("trl", "peft", "transformers", "datasets"), "pip install 'lowtide[bench]'")
 _NEEDS = {
-    "trl+peft": (("trl", "peft", "transformers", "datasets"), "pip install 'lowtide[bench]'"),
+    "trl+peft": _TRL,
+    "trl+peft+patch": _TRL,
     "mlx-lm": (("mlx", "mlx_lm"), "pip install mlx-lm"),
 }
 _SEED = 0
@@ -51,7 +53,7 @@ def measured(settings: dict[str, Any]) -> dict[str, Any]:
         )
     from . import peer_mlx, peer_trl
 
-    run = {"trl+peft": peer_trl.run, "mlx-lm": peer_mlx.run}[settings["peer"]]
+    run = peer_mlx.run if settings["peer"] == "mlx-lm" else peer_trl.run
     figures = run(settings)
     names = ("peak_anon_bytes", "peak_anon_above_import_bytes", "wall_s", "cpu_s")
     own = {name: settings[name] for name in ("peer", "checkpointing", "seq_len", "optimizer")}

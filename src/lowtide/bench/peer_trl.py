@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer with PEFT's LoRA, float32 on the CPU, measured."""
+"""TRL's SFTTrainer with PEFT's LoRA, float32 on the CPU, with our patch or without, measured."""
 
 from __future__ import annotations
 
@@ -52,6 +52,10 @@ def run(settings: dict[str, Any]) -> dict[str, Any]:
             args=_arguments(settings, total),
             callbacks=[Told()],
         )
+        if settings["peer"].endswith("+patch"):
+            from lowtide.integrations.hf import patch
+
+            patch(trainer.model)
         n_parameters = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
         trainer.train()
     versions = {lib.__name__: lib.__version__ for lib in (trl, peft, transformers)}

@@ -16,8 +16,13 @@ from .child import run_child
 from .results import file_name
 from .shapes import ShapeSettings, shape_of
 
-_PEERS = (("trl+peft", True), ("trl+peft", False), ("mlx-lm", True))
-"""Name, and whether it recomputes activations in the backward."""
+_PEERS = (
+    ("trl+peft", True),
+    ("trl+peft", False),
+    ("trl+peft+patch", True),
+    ("mlx-lm", True),
+)
+"""Name, and whether it recomputes activations in the backward; `patch` is integrations.hf's."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,7 @@ _METHOD_COLOURS = {
     "autograd": "#4d4d4d",
     "trl+peft, checkpointing": "#5b4b8a",
     "trl+peft, no checkpointing": "#a79fd1",
+    "trl+peft+patch, checkpointing": "#2a9d8f",
     "mlx-lm, checkpointing": "#8c6d1f",
     "mlx-lm, no checkpointing": "#cbb26a",
 }

@@ -72,12 +72,12 @@ def main() -> None:
     parser.add_argument("families", nargs="*", default=[], help="all of them without any")
     parser.add_argument("--out", type=Path, help="a page with the marks of the table")
     given = parser.parse_args()
+    page = "" if given.out is None else given.out.read_text(encoding="utf-8")
     torch.set_num_threads(1)
     text = table(given.families or sorted(FAMILIES))
     if given.out is None:
         print(text)
         return
-    page = given.out.read_text(encoding="utf-8")
     pattern = re.escape(_START) + ".*?" + re.escape(_END)
     marked = f"{_START}\n{text}\n{_END}"
     given.out.write_text(re.sub(pattern, lambda _: marked, page, flags=re.S), encoding="utf-8")

@@ -23,7 +23,8 @@ COMMANDS = {
     "demo": "personalise the bundled model, start to finish, in about a minute",
     "train": "fine-tune a LoRA adapter on your data",
     "generate": "continue a prompt",
-    "serve": "an OpenAI-compatible endpoint on this machine, adapters by name",
+    "chat": "talk with a model in the terminal, with or without an adapter",
+    "serve": "an OpenAI-compatible endpoint on this machine, and a chat in the browser",
     "eval": "loss and perplexity on a data set",
     "report": "one page about a run: curves, memory, samples, what happened",
     "runs": "the runs below a directory, side by side",
@@ -32,6 +33,7 @@ COMMANDS = {
     "plan": "what a run will need, before it runs",
     "quantize": "write a quantised copy of a model: 8 or 4 bits per weight",
     "merge": "fold an adapter into its model's weights",
+    "export": "write an adapter, or a model, for llama.cpp: `export gguf`",
     "info": "what a model directory holds",
     "bench": "measure memory and time; the paper's tables, peers, reports",
 }

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from lowtide.config import setting
 from lowtide.errors import ConfigError, LowtideError, listed
 from lowtide.export.compare import Difference, compare
-from lowtide.export.merge import DTYPES, MergeReport, merge
+from lowtide.export.merge import GGUF_SUFFIX, MERGE_DTYPES, MergeReport, merge
 from lowtide.weights.storages import STORAGES
 
 from .output import Output, megabytes, settings_of
@@ -16,7 +16,8 @@ from .output import Output, megabytes, settings_of
 _DESCRIPTION = (
     "Fold an adapter into its model: a Hugging Face directory that needs no adapter, written some "
     "rows at a time in the model's own dtype. It appears whole or not at all. With --check, a "
-    "merged model is compared with MODEL + ADAPTER, and nothing is written."
+    "merged model is compared with MODEL + ADAPTER, and nothing is written. An --out that ends in "
+    ".gguf becomes one file for llama.cpp."
 )
 _SHOWN = 5
 
@@ -25,14 +26,16 @@ _SHOWN = 5
 class MergeSettings:
     """Settings of `lowtide merge`."""
 
-    model: str = setting(help="model directory, or a Hugging Face hub id", filled=True)
+    model: str = setting(help="model directory, GGUF file, or a Hugging Face hub id", filled=True)
     adapter_path: str = setting(help="PEFT adapter directory to fold in", filled=True)
-    out: str = setting(help="directory to write the merged model to", filled=True)
+    out: str = setting(
+        help="directory to write the merged model to, or a file *.gguf for llama.cpp", filled=True
+    )
     dtype: str | None = setting(
         None,
         help="dtype of the merged weights; none keeps each tensor's, and of a quantised model "
-        "takes that of its norms",
-        choices=tuple(DTYPES),
+        "takes that of its norms, or in a GGUF file f16; q8_0 is for GGUF files",
+        choices=MERGE_DTYPES,
     )
     quantize: str | None = setting(
         None,
@@ -75,7 +78,10 @@ def _say(report: MergeReport, output: Output) -> None:
             f"the base is quantised: what that cost, up to {report.base_errors[worst]:.2%} of a "
             f"matrix ({worst}), stays in the merged model"
         )
-    output.say(f'next  lowtide generate --model {report.out} --prompt "..."')
+    if report.out.suffix == GGUF_SUFFIX:
+        output.say(f"next  llama-cli -m {report.out}")
+    else:
+        output.say(f'next  lowtide generate --model {report.out} --prompt "..."')
 
 
 def _check(settings: MergeSettings, output: Output) -> int:

@@ -90,7 +90,7 @@ def _check_origins(origins: Sequence[str]) -> None:
 def run(argv: Sequence[str]) -> int:
     """Serve until Ctrl-C or SIGTERM."""
     settings, output = settings_of(
-        ServeSettings, "serve", "An OpenAI-compatible endpoint on this machine.", argv
+        ServeSettings, "serve", "An OpenAI-compatible endpoint, and a chat in the browser.", argv
     )
     from lowtide.serve.catalogue import named_paths
     from lowtide.serve.listen import bound, is_loopback, resolve
@@ -128,7 +128,10 @@ def _serve(
     loopback = is_loopback(host)
     token = settings.checked_token(loopback)
     url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    output.say(f"{url}/v1 answers as {', '.join(catalogue.names)}. Ctrl-C ends it.")
+    output.say(
+        f"{url} in a browser, {url}/v1 in other clients: "
+        f"{', '.join(catalogue.names)}. Ctrl-C ends it."
+    )
     if tokenizer.template is None:
         output.say(
             "The model has no chat template: only /v1/completions answers. Pass one with "

@@ -105,7 +105,7 @@ def _refuse_other_shapes(merged: Decoder, base: Decoder) -> None:
 
 def _differences(held: Merged, expected: Merged, model: Decoder) -> Iterator[Difference]:
     for name in expected.shapes:
-        dtype = model.checkpoint[name].dtype
+        dtype = getattr(torch, model.checkpoint.stored_as(name))
         wrong, worst, error, update = 0, 0.0, 0.0, 0.0
         rounded = _EPS32 * (expected.rank(name) + 4)
         for ours, truth in zip(held.tiles(name), expected.tiles(name), strict=True):

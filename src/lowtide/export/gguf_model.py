@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,13 +19,26 @@ from torch import Tensor
 from lowtide.errors import ConfigError, ModelError
 from lowtide.model.gguf.tensors import GgufTensor, row_order
 from lowtide.model.gguf.write import GgufModel, gguf_model
+from lowtide.weights.whole import check_free_space
 from lowtide.weights.writer import write_atomically
 
 if TYPE_CHECKING:
     import gguf
     from gguf import GGMLQuantizationType
 
-TensorByName = Callable[[str], Tensor]
+
+class Rows(Protocol):
+    """A matrix whose rows are made when they are asked for."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`(out, in)`."""
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        """Some of its rows, in any floating dtype, on the CPU."""
+
+
+TensorByName = Callable[[str], Tensor | Rows]
 """Gives a tensor by its Hugging Face name, in any floating dtype, on the CPU."""
 GGUF_DTYPES = {"f32": 0, "f16": 1, "bf16": 32, "q8_0": 7}
 """What matrices may be stored as, and llama.cpp's number of such a file. Vectors stay F32."""
@@ -47,12 +60,20 @@ class Written(NamedTuple):
     kept_f16: tuple[str, ...]
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """A tensor on its way into the file."""
 
     there: GgufTensor
     kind: GGMLQuantizationType
-    load: Callable[[], Tensor]
+    load: Callable[[], Tensor | Rows]
+
+    @property
+    def nbytes(self) -> int:
+        """In the file, without what fills it up to the next tensor."""
+        from gguf import GGML_QUANT_SIZES
+
+        block, size = GGML_QUANT_SIZES[self.kind]
+        return math.prod(self.there.shape) // block * size
 
 
 def write_gguf(
@@ -88,17 +109,41 @@ def write_gguf(
     model = gguf_model(config)
     places = _places(model, tensor, dtype)
     metadata = _all_metadata(model, tokenizer, dtype)
+    nbytes = write_file(path, model.architecture, metadata, places)
+    kept = [p.there.name for p in places if p.kind.name == "F16" and dtype == "q8_0"]
+    return Written(path, nbytes, tuple(kept))
+
+
+def write_file(
+    path: Path, architecture: str, metadata: Mapping[str, Any], places: Sequence[Place]
+) -> int:
+    """Write a GGUF file of any kind, durably and in one piece.
+
+    Args:
+        path: the file; whatever it held stays until the new content is complete.
+        architecture: `general.architecture`.
+        metadata: by full keys; whole numbers are uint32 in the file, others float32.
+        places: its tensors, in order.
+
+    Returns:
+        Its size.
+
+    Raises:
+        ModelError: a number is not finite in what it is stored as.
+        OutputError: the disk has no room or the directory cannot be written; nothing is left
+            behind.
+    """
+    check_free_space(path, sum(place.nbytes for place in places))
     nbytes = 0
 
     def counted() -> Iterator[bytes | memoryview]:
         nonlocal nbytes
-        for part in _parts(model.architecture, metadata, places):
+        for part in _parts(architecture, metadata, places):
             nbytes += part.nbytes if isinstance(part, memoryview) else len(part)
             yield part
 
     write_atomically(path, counted())
-    kept = [p.there.name for p in places if p.kind.name == "F16" and dtype == "q8_0"]
-    return Written(path, nbytes, tuple(kept))
+    return nbytes
 
 
 def _all_metadata(model: GgufModel, tokenizer: Mapping[str, Any], dtype: str) -> dict[str, Any]:
@@ -114,21 +159,21 @@ def _all_metadata(model: GgufModel, tokenizer: Mapping[str, Any], dtype: str) ->
     }
 
 
-def _places(model: GgufModel, tensor: TensorByName, dtype: str) -> list[_Place]:
+def _places(model: GgufModel, tensor: TensorByName, dtype: str) -> list[Place]:
     """Every tensor of the file, in its order, and as what it is stored."""
     from gguf import GGMLQuantizationType
 
     places = []
     for name, vector in model.vectors.items():
         there = GgufTensor(name, tuple(vector.shape))
-        places.append(_Place(there, GGMLQuantizationType.F32, partial(_same, vector)))
+        places.append(Place(there, GGMLQuantizationType.F32, partial(_same, vector)))
     for name, there in model.tensors.items():
         kind = GGMLQuantizationType[dtype.upper()]
         if len(there.shape) == 1:
             kind = GGMLQuantizationType.F32
         elif kind.name == "Q8_0" and there.shape[1] % _ALIGNMENT:
             kind = GGMLQuantizationType.F16
-        places.append(_Place(there, kind, partial(tensor, name)))
+        places.append(Place(there, kind, partial(tensor, name)))
     return places
 
 
@@ -137,7 +182,7 @@ def _same(vector: Tensor) -> Tensor:
 
 
 def _parts(
-    architecture: str, metadata: Mapping[str, Any], places: Sequence[_Place]
+    architecture: str, metadata: Mapping[str, Any], places: Sequence[Place]
 ) -> Iterator[bytes | memoryview]:
     """The content of the file, in order."""
     yield _padded(_header(architecture, metadata, places))
@@ -153,7 +198,7 @@ def _padded(header: bytes) -> bytes:
     return header + bytes(-len(header) % _ALIGNMENT)
 
 
-def _header(architecture: str, metadata: Mapping[str, Any], places: Sequence[_Place]) -> bytes:
+def _header(architecture: str, metadata: Mapping[str, Any], places: Sequence[Place]) -> bytes:
     """What stands before the tensors, as the package writes it."""
     import gguf
     import numpy as np
@@ -165,11 +210,12 @@ def _header(architecture: str, metadata: Mapping[str, Any], places: Sequence[_Pl
             if key != "general.architecture":  # which the package has written itself
                 _add(writer, key, value)
         for place in places:
-            shape = place.there.shape
-            block, size = gguf.GGML_QUANT_SIZES[place.kind]
-            nbytes = math.prod(shape) // block * size
             writer.add_tensor_info(
-                place.there.name, shape, np.dtype(np.float32), nbytes, raw_dtype=place.kind
+                place.there.name,
+                place.there.shape,
+                np.dtype(np.float32),
+                place.nbytes,
+                raw_dtype=place.kind,
             )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -192,7 +238,7 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
         writer.add_array(key, value)
 
 
-def _pieces(place: _Place) -> Iterator[memoryview]:
+def _pieces(place: Place) -> Iterator[memoryview]:
     """The bytes of a tensor, some rows at a time."""
     from gguf.quants import quantize
 
@@ -202,7 +248,9 @@ def _pieces(place: _Place) -> Iterator[memoryview]:
             f"the tensor for {there.name} has shape {list(source.shape)} and config.json asks for "
             f"{list(there.shape)}. Nothing was written."
         )
-    rows = source.unsqueeze(0) if source.dim() == 1 and not there.heads else source
+    rows = source
+    if isinstance(source, Tensor) and source.dim() == 1 and not there.heads:
+        rows = source.unsqueeze(0)
     order = row_order(rows.shape[0], there.heads).argsort() if there.heads else None
     step = max(1, _TILE_NUMBERS // math.prod(rows.shape[1:]))
     for start in range(0, rows.shape[0], step):

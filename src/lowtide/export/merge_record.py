@@ -16,10 +16,11 @@ from lowtide.model.decoder import Decoder
 from lowtide.train.checkpoints import FOLDER, STATE_FILE, file_checksum
 from lowtide.train.fingerprint import model_fingerprint, version
 from lowtide.train.output import BEST_FOLDER
+from lowtide.weights.gguf.file import GgufFile, is_gguf
 
 from .peft import WEIGHTS_FILE, adapter_config
 
-MERGE_FILE = "lowtide_merge.json"
+MERGE_FILE, MERGES_KEY = "lowtide_merge.json", "lowtide.merges"
 _FORMAT = 1
 _STEP = re.compile(r"step-(\d+)")
 
@@ -94,30 +95,51 @@ class MergeRecord:
             ModelError: there is one that cannot be used.
         """
         path = directory / MERGE_FILE
-        if not path.is_file():
-            return cls()
+        return cls._parsed(path, path.read_bytes()) if path.is_file() else cls()
+
+    @classmethod
+    def of(cls, model: Decoder) -> MergeRecord:
+        """The record of a model, in its directory or in the metadata of its GGUF file.
+
+        Args:
+            model: any.
+
+        Returns:
+            The record.
+
+        Raises:
+            ModelError: there is one that cannot be used.
+        """
+        if not is_gguf(model.path):
+            return cls.read(model.directory)
+        text = GgufFile.open(model.path).metadata.get(MERGES_KEY)
+        return cls() if text is None else cls._parsed(model.path, text)
+
+    @classmethod
+    def _parsed(cls, path: Path, text: Any) -> MergeRecord:
         try:
-            held = json.loads(path.read_bytes())
+            held = json.loads(text)
             if held["format"] != _FORMAT:
                 raise ValueError("a newer lowtide wrote it")
             merges = tuple(MergeEntry(**one) for one in held["merges"])
             for one in merges:
                 str.encode(one.adapter["sha256"])
                 str.encode(one.adapter["path"])
+                str.encode(one.base["path"])
             files = tuple(Path(name).name for name in held["files"])
         except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(
-                f"{path} cannot be used ({error}). It says which adapters are in the model "
-                "already; take the model from where it was written, or merge again."
+                f"what {path} says of merges cannot be used ({error}). It says which adapters are "
+                "in the model already; take the model from where it was written, or merge again."
             ) from error
         return cls(merges, files)
 
-    def refuse_twice(self, entry: MergeEntry, directory: Path) -> None:
+    def refuse_twice(self, entry: MergeEntry, model: Path) -> None:
         """Refuse an adapter that is in the model already.
 
         Args:
             entry: the merge to be made.
-            directory: the model's.
+            model: its directory or file.
 
         Raises:
             ModelError: says when it was merged, and from where.
@@ -125,17 +147,18 @@ class MergeRecord:
         for one in self.merges:
             if one.adapter["sha256"] == entry.adapter["sha256"]:
                 raise ModelError(
-                    f"{directory} has this adapter in it already: it was merged on "
+                    f"{model} has this adapter in it already: it was merged on "
                     f"{one.merged_at} from {one.adapter['path']}. Merged twice, it would count "
                     f"double. Use the model as it is, or merge into its base, {one.base['path']}."
                 )
 
-    def content(self, entry: MergeEntry, files: Sequence[str]) -> bytes:
-        """The file's content after one more merge."""
+    def content(self, entry: MergeEntry | None, files: Sequence[str]) -> bytes:
+        """The record after one more merge, if there is one, of these files."""
+        merges = self.merges if entry is None else (*self.merges, entry)
         document = {
             "format": _FORMAT,
-            "files": sorted({*files, MERGE_FILE}),
-            "merges": [asdict(one) for one in (*self.merges, entry)],
+            "files": sorted(files),
+            "merges": [asdict(one) for one in merges],
         }
         return (json.dumps(document, indent=2) + "\n").encode()
 

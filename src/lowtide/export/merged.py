@@ -52,13 +52,14 @@ class Merged:
             adapter: fits it; None leaves all tensors as they are.
         """
         assert model.compute_dtype == torch.float64
-        self._model, self._adapter = model, adapter
+        self.model, self.adapter = model, adapter
         self.shapes = model.spec.tensor_shapes()
         self._adapted = {
             f"model.layers.{layer}.{linear}.weight": (layer, linear)
             for layer, linear, _ in (adapter.config.adapted(model.spec) if adapter else ())
         }
         widest = max(shape[-1] for shape in self.shapes.values())
+        self._open: StoredMatrix | None = None
         size = max(_TILE_ELEMENTS, widest)
         self._widened, self._summed = (torch.empty(size, dtype=torch.float64) for _ in range(2))
 
@@ -77,7 +78,7 @@ class Merged:
             Tiles in order.
         """
         if len(self.shapes[name]) == 1:
-            vector = self._model.checkpoint[name].double()
+            vector = self.model.checkpoint[name].double()
             yield Tile(0, vector, vector)
             return
         weight = self._matrix(name)
@@ -91,9 +92,18 @@ class Merged:
                 yield Tile(start, base, base)
             else:
                 out = self._summed[: (stop - start) * columns].view(stop - start, columns)
-                yield Tile(start, base, fold.rows_(out, base, start, stop))
-        for span in file_spans(weight.stored(0, rows)) or ():
-            span.release(from_cache=False)  # read once; else they count as this process's memory
+                yield Tile(start, base, fold.rows_(out, base, slice(start, stop)))
+        _release(weight)
+
+    def tensor(self, name: str) -> Tensor | MergedRows:
+        """A tensor for a writer that takes rows in an order of its own: a vector, or a matrix."""
+        if len(self.shapes[name]) == 1:
+            return self.model.checkpoint[name].double()
+        weight = self._matrix(name)
+        if self._open is not None and self._open is not weight:
+            _release(self._open)
+        self._open = weight
+        return MergedRows(weight, self._fold(name))
 
     def magnitude(self, name: str, tile: Tile) -> Tensor:
         """What rounding errors of a tile's products are relative to: `c (|W| + s |B| |A|)`.
@@ -123,17 +133,45 @@ class Merged:
 
     def _matrix(self, name: str) -> StoredMatrix:
         if name in (EMBEDDING, HEAD):
-            return self._model.embedding if name == EMBEDDING else self._model.head
+            return self.model.embedding if name == EMBEDDING else self.model.head
         _, _, layer, linear = name.removesuffix(".weight").split(".", 3)
-        return self._model.linears[int(layer)][linear].weight
+        return self.model.linears[int(layer)][linear].weight
 
     def _fold(self, name: str) -> _Fold | None:
-        if name not in self._adapted or self._adapter is None:
+        if name not in self._adapted or self.adapter is None:
             return None
         place = self._adapted[name]
-        lora = self._adapter.lora(*place, dropout_seed=None)
+        lora = self.adapter.lora(*place, dropout_seed=None)
         assert lora is not None
-        return _Fold(lora.a, lora.b, lora.scale, self._adapter.magnitude(*place))
+        return _Fold(lora.a, lora.b, lora.scale, self.adapter.magnitude(*place))
+
+
+def _release(weight: StoredMatrix) -> None:
+    """Unmap what was read once: it would count as this process's memory."""
+    for span in file_spans(weight.stored(0, weight.shape[0])) or ():
+        span.release(from_cache=False)
+
+
+class MergedRows:
+    """A matrix of a model under an adapter, whose rows are made when they are asked for."""
+
+    def __init__(self, weight: StoredMatrix, fold: _Fold | None) -> None:
+        """Nothing is read yet."""
+        self._weight, self._fold = weight, fold
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out, in)`."""
+        return self._weight.shape
+
+    def __getitem__(self, rows: slice | Tensor) -> Tensor:
+        """Some rows, in float64."""
+        places = torch.arange(self.shape[0])[rows] if isinstance(rows, slice) else rows
+        base = torch.empty(len(places), self.shape[1], dtype=torch.float64)
+        self._weight.take(places, base)
+        if self._fold is None:
+            return base
+        return self._fold.rows_(torch.empty_like(base), base, places)
 
 
 class _Fold(NamedTuple):
@@ -144,10 +182,10 @@ class _Fold(NamedTuple):
     scale: float
     m: Tensor | None
 
-    def rows_(self, out: Tensor, base: Tensor, start: int, stop: int) -> Tensor:
-        """`out = W'[start:stop]` from `base = W[start:stop]`."""
-        torch.addmm(base, self.b[start:stop], self.a, alpha=self.scale, out=out)
+    def rows_(self, out: Tensor, base: Tensor, rows: slice | Tensor) -> Tensor:
+        """`out = W'[rows]` from `base = W[rows]`."""
+        torch.addmm(base, self.b[rows], self.a, alpha=self.scale, out=out)
         if self.m is not None:
             norms = torch.linalg.vector_norm(out, dim=1)
-            out.mul_((self.m[start:stop] / norms).unsqueeze(1))
+            out.mul_((self.m[rows] / norms).unsqueeze(1))
         return out

@@ -17,7 +17,7 @@ from lowtide.model.decoder import Decoder
 from lowtide.model.families import read_config
 from lowtide.model.side_files import CONFIG_FILE, side_files
 from lowtide.model.spec import FINAL_NORM
-from lowtide.weights.checkpoint import INDEX_FILE, SINGLE_FILE, dtype_name
+from lowtide.weights.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, dtype_name
 from lowtide.weights.manifest import STORAGE_KEY
 from lowtide.weights.places import read_places
 from lowtide.weights.writer import pieces, safetensors_header, tensor_bytes, write_synced
@@ -57,8 +57,9 @@ class ModelWriter:
     Attributes:
         model: the base, from which files, order and dtypes are taken.
         merged: what is written.
-        dtype: of all tensors; None keeps each tensor's, and gives matrices of a quantised model
-            the dtype of its norms, which is that of the model it was made of.
+        dtype: of all tensors; None keeps each tensor's, and gives those of a quantised model the
+            dtype of its norms, which is that of the model it was made of. From a GGUF file it is
+            the dtype of the matrices, bfloat16 where they are quantised.
         roundings: of the tensors that were written.
     """
 
@@ -69,6 +70,8 @@ class ModelWriter:
 
     def __post_init__(self) -> None:
         """Lay out the files."""
+        if self.dtype is None and not self.model.checkpoint.is_plain:
+            self.dtype = _usual_dtype(self.model)
         self.shards = self._shards()
 
     @property
@@ -115,21 +118,17 @@ class ModelWriter:
         """Tensors by file: as in the base, or cut where that is no safetensors of plain tensors."""
         shapes = self.merged.shapes
         entries: Entries = {name: (self._dtype_of(name), shape) for name, shape in shapes.items()}
-        checkpoint = self.model.checkpoint
-        if not checkpoint.is_plain:
+        if not self.model.checkpoint.is_plain:
             return _cut(entries)
         shards: dict[str, Entries] = {}
-        for path in checkpoint.files:
+        for path in self.model.checkpoint.files:
             held = {name: entries.pop(name) for name in read_places(path) if name in entries}
             if held:
                 shards[path.name] = held
         return shards
 
     def _dtype_of(self, name: str) -> torch.dtype:
-        if self.dtype is not None:
-            return self.dtype
-        checkpoint = self.model.checkpoint
-        return checkpoint[name if name in checkpoint else FINAL_NORM].dtype
+        return self.dtype or self.model.checkpoint[name].dtype
 
     def _parts(self, entries: Entries) -> Iterator[bytes | memoryview]:
         yield safetensors_header(entries)
@@ -159,12 +158,12 @@ class ModelWriter:
     def _config(self) -> bytes:
         """config.json, byte for byte where the weights' dtypes stay."""
         path = self.model.directory / CONFIG_FILE
-        if self.dtype is None and self.model.checkpoint.is_plain:
+        if self.dtype is None:
             return path.read_bytes()
         config = read_config(self.model.directory)
         if STORAGE_KEY in (config.get("quantization_config") or {}):
             del config["quantization_config"]
-        name = dtype_name(self._dtype_of(FINAL_NORM))
+        name = dtype_name(self.dtype)
         for part in (config, config.get("text_config")):
             if isinstance(part, dict):
                 keys = [key for key in ("dtype", "torch_dtype") if key in part] or ["torch_dtype"]
@@ -185,6 +184,15 @@ class ModelWriter:
             ),
         }
         return (json.dumps(document, indent=2) + "\n").encode()
+
+
+def _usual_dtype(model: Decoder) -> torch.dtype:
+    """Of a model whose weights are not written as they lie: its own as far as there is one."""
+    if isinstance(model.checkpoint, Checkpoint):
+        return model.checkpoint[FINAL_NORM].dtype
+    first = f"model.layers.0.{model.spec.linears[0]}.weight"  # norms are float32 in any GGUF file
+    plain = first in model.checkpoint
+    return getattr(torch, model.checkpoint.stored_as(first)) if plain else torch.bfloat16
 
 
 def _note(rounding: Rounding, base: Tensor, merged: Tensor, rounded: Tensor) -> None:

@@ -58,7 +58,8 @@ class Workload:
         accumulates: whether the gradients of all parameters live at once.
         lengths: tokens of each sequence of the largest batch.
         dtype: of the computation.
-        widened: whether tiles are copies of what is stored, and not views of it.
+        widened: whether tiles are converted from what is stored, and not views of it.
+        reordered: whether rows of some matrices are copied, being stored in another order.
         state: how the optimiser keeps its state, a name of `train.states.STATES`.
         rounded: whether the adapter is in bfloat16 and the optimiser keeps the rest of it.
         storages: what matrices are unpacked from, names of `weights.storages.READ`.
@@ -73,6 +74,7 @@ class Workload:
     lengths: tuple[int, ...]
     dtype: torch.dtype = torch.float32
     widened: bool = True
+    reordered: bool = False
     state: str = "float32"
     rounded: bool = False
     storages: tuple[str, ...] = ()
@@ -187,11 +189,16 @@ def _row_count(work: Workload, options: MethodOptions) -> int:
 def _workspace_bytes(work: Workload, options: MethodOptions) -> int:
     with torch.device("meta"):
         ws = Workspace(work.spec, work.tokens, max(work.lengths), work.dtype, options.tiles)
-    return ws.nbytes - ws.untouched_bytes(
-        backward=work.method != "mezo",
-        widened=work.widened,
-        recomputes=options.keep_blocks < work.shape.trained_blocks,
-        apart=work.config.use_dora,
+    copied = 0 if work.widened or not work.reordered else ws.linear_tile.nbytes
+    return (
+        copied
+        + ws.nbytes
+        - ws.untouched_bytes(
+            backward=work.method != "mezo",
+            widened=work.widened,
+            recomputes=options.keep_blocks < work.shape.trained_blocks,
+            apart=work.config.use_dora,
+        )
     )
 
 

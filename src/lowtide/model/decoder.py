@@ -96,9 +96,14 @@ class Decoder:
         return [self.embedding, *linears, self.head]
 
     @property
-    def copies_tiles(self) -> bool:
-        """Whether any tile is a copy in the caller's buffer, and not a view of the file."""
-        return any(matrix.copies for matrix in self.matrices)
+    def widens(self) -> bool:
+        """Whether tiles are converted into the caller's buffer, and not views of the file."""
+        return any(matrix.widens for matrix in self.matrices)
+
+    @property
+    def reorders(self) -> bool:
+        """Whether rows of some matrices lie in another order in the file."""
+        return any(matrix.reordered for matrix in self.matrices)
 
     @property
     def storages(self) -> tuple[str, ...]:
@@ -186,8 +191,8 @@ class Decoder:
         Returns:
             Tables of `2 T rotated / 2` elements each.
         """
-        places = torch.cat([torch.arange(length) for length in lengths])
-        own = torch.cat([torch.full((length,), length) for length in lengths])
+        places = torch.cat([torch.arange(length, device="cpu") for length in lengths])
+        own = torch.cat([torch.full((length,), length, device="cpu") for length in lengths])
         return self.positions_at(places, self_segments(lengths), own)
 
     def positions_at(

@@ -8,7 +8,7 @@ from itertools import pairwise, repeat
 import torch
 from torch import Tensor
 
-from lowtide.ops.cross_entropy import cross_entropy, softcap_
+from lowtide.ops.cross_entropy import Distribution, cross_entropy, softcap_
 from lowtide.ops.frozen import matmul_
 from lowtide.ops.rmsnorm import rmsnorm_backward_, rmsnorm_forward
 
@@ -46,7 +46,13 @@ def blocks_forward(
     return inputs[-1]
 
 
-def loss_forward(model: Decoder, x: Tensor, batch: Batch, ws: Workspace) -> Tensor:
+def loss_forward(
+    model: Decoder,
+    x: Tensor,
+    batch: Batch,
+    ws: Workspace,
+    distribution: Distribution | None = None,
+) -> Tensor:
     """Losses of the labelled positions, without a gradient.
 
     Args:
@@ -54,6 +60,7 @@ def loss_forward(model: Decoder, x: Tensor, batch: Batch, ws: Workspace) -> Tens
         x: `(T, H)`, the last block's output.
         batch: for the labels.
         ws: buffers.
+        distribution: of the labelled positions, filled; None spares it.
 
     Returns:
         `(n_tokens,)` losses in nats.
@@ -61,12 +68,18 @@ def loss_forward(model: Decoder, x: Tensor, batch: Batch, ws: Workspace) -> Tens
     _, n, label_rows, labels, _ = _labelled(model, x, batch, ws)
     return cross_entropy(
         n, model.head, labels, label_rows=label_rows, dn=None, buffers=ws.loss,
-        softcap=model.spec.logit_softcap,
+        softcap=model.spec.logit_softcap, distribution=distribution,
     )  # fmt: skip
 
 
 def loss_backward_(
-    model: Decoder, x: Tensor, batch: Batch, ws: Workspace, *, scale: float
+    model: Decoder,
+    x: Tensor,
+    batch: Batch,
+    ws: Workspace,
+    *,
+    scale: float,
+    distribution: Distribution | None = None,
 ) -> Tensor:
     """Losses, and `x` turned into the gradient of `scale * sum(losses)`, in place.
 
@@ -76,6 +89,7 @@ def loss_backward_(
         batch: for the labels.
         ws: buffers.
         scale: usually 1 / labelled tokens of the whole update.
+        distribution: of the labelled positions, filled; None spares it.
 
     Returns:
         `(n_tokens,)` losses in nats.
@@ -84,7 +98,7 @@ def loss_backward_(
     dn = ws.wide(4, *n.shape)
     losses = cross_entropy(
         n, model.head, labels, label_rows=label_rows, dn=dn, buffers=ws.loss,
-        softcap=model.spec.logit_softcap,
+        softcap=model.spec.logit_softcap, distribution=distribution,
     )  # fmt: skip
     dx = ws.wide(3, *n.shape).zero_()
     dn.mul_(scale * model.spec.logit_scale)

@@ -16,7 +16,7 @@ from .spec import RopeSpec
 
 
 def inverse_frequencies(rope: RopeSpec, head_dim: int, *, long: bool = False) -> Tensor:
-    """`(rotated / 2,)` float32 radians per position, after any rescaling.
+    """`(rotated / 2,)` float32 radians per position, after any rescaling, on the CPU.
 
     Args:
         rope: base and scaling.
@@ -27,10 +27,11 @@ def inverse_frequencies(rope: RopeSpec, head_dim: int, *, long: bool = False) ->
         Frequencies.
     """
     columns = rope.rotated or head_dim
-    exponent = torch.arange(0, columns, 2, dtype=torch.int64).float() / columns
+    exponent = torch.arange(0, columns, 2, dtype=torch.int64, device="cpu").float() / columns
     if rope.kind == "longrope":
-        divisors = torch.tensor(rope.long_factors if long else rope.short_factors)
-        return 1.0 / (divisors.float() * rope.theta**exponent)
+        factors = rope.long_factors if long else rope.short_factors
+        divisors = torch.tensor(factors, dtype=torch.float32, device="cpu")
+        return 1.0 / (divisors * rope.theta**exponent)
     freq = 1.0 / (rope.theta**exponent)
     if rope.kind == "linear":
         return freq / rope.factor
@@ -38,7 +39,7 @@ def inverse_frequencies(rope: RopeSpec, head_dim: int, *, long: bool = False) ->
         return _banded(freq, rope)
     if rope.kind == "yarn":
         start, stop = rope.ramp
-        places = torch.arange(columns // 2, dtype=torch.float32) - start
+        places = torch.arange(columns // 2, dtype=torch.float32, device="cpu") - start
         kept = 1 - (places / (stop - start if stop != start else 0.001)).clamp(0, 1)
         return 1.0 / (rope.factor * rope.theta**exponent) * (1 - kept) + freq * kept
     return freq
@@ -74,10 +75,11 @@ def rope_tables(
     Returns:
         cos and sin, each `(T, rotated / 2)`.
     """
-    freq = inverse_frequencies(rope, head_dim)
+    freq = inverse_frequencies(rope, head_dim).to(positions.device)
     if rope.depends_on_length and lengths is not None:
         is_long = (lengths > rope.original_max_positions).unsqueeze(1)
-        freq = torch.where(is_long, inverse_frequencies(rope, head_dim, long=True), freq)
+        other = inverse_frequencies(rope, head_dim, long=True).to(positions.device)
+        freq = torch.where(is_long, other, freq)
     angles = positions.float().unsqueeze(1) * freq
     cos, sin = angles.cos(), angles.sin()
     if rope.table_factor != 1.0:

@@ -89,8 +89,14 @@ class Workspace:
         max_length: int,
         dtype: torch.dtype,
         tiles: str = "full",
+        *,
+        device: torch.device | str = "cpu",
     ) -> None:
         """Allocate everything, without touching it; `tiles` is a key of `TILES`."""
+
+        def room(elements: int) -> Tensor:
+            return torch.empty(elements, dtype=dtype, device=device)
+
         self.spec = spec
         self.max_tokens = max_tokens
         self.max_length = max_length
@@ -99,21 +105,20 @@ class Workspace:
         hidden, either = spec.hidden_size, max(spec.hidden_size, spec.q_width)
         scratch = max(hidden, spec.q_width // 2, spec.kv_width // 2)
         self._wide = [
-            torch.empty(max_tokens * columns, dtype=dtype)
-            for columns in (hidden, either, either, either, scratch)
+            room(max_tokens * columns) for columns in (hidden, either, either, either, scratch)
         ]
         if spec.scales_branches:
-            self._wide.append(torch.empty(max_tokens * hidden, dtype=dtype))
-        self._narrow = [torch.empty(max_tokens * spec.kv_width, dtype=dtype) for _ in range(4)]
-        self._raw = torch.empty(max_tokens * spec.raw_width, dtype=dtype)
+            self._wide.append(room(max_tokens * hidden))
+        self._narrow = [room(max_tokens * spec.kv_width) for _ in range(4)]
+        self._raw = room(max_tokens * spec.raw_width)
         # One row of o's matrix must fit, also where heads are wider than such a tile.
         half = max(width * hidden, -(-spec.q_width // 2))
-        self.tile = torch.empty(2 * half, dtype=dtype)
+        self.tile = room(2 * half)
         # As many rows as the MLP's tiles have, where each shape of a product costs memory.
         self.linear_tile = self.tile[:half] if goes_to_onednn() else self.tile
-        self._columns = torch.empty(4 * width * max_tokens, dtype=dtype)
+        self._columns = room(4 * width * max_tokens)
         scores = score_capacity(spec, max_length)
-        self.scores = [torch.empty(scores, dtype=dtype) for _ in range(2)]
+        self.scores = [room(scores) for _ in range(2)]
         self.glu = GluBuffers(
             tiles=self.tile.chunk(2), activations=self._columns.chunk(4), width=width
         )

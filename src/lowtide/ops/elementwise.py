@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 
 
+def floor_below_zero(dtype: torch.dtype) -> float:
+    """What arguments of `exp_below_zero_` are clamped at."""
+    return math.log(torch.finfo(dtype).tiny) + 7.0
+
+
 def exp_below_zero_(x: Tensor) -> Tensor:
     """`exp(x)` in place for `x <= 0`, with results kept above the subnormal range.
 
@@ -21,4 +26,4 @@ def exp_below_zero_(x: Tensor) -> Tensor:
     Returns:
         `x`.
     """
-    return x.clamp_(min=math.log(torch.finfo(x.dtype).tiny) + 7.0).exp_()
+    return x.clamp_(min=floor_below_zero(x.dtype)).exp_()

@@ -22,6 +22,7 @@ from .engine import Begun, Ended, Engine, Piece, Ticket
 from .faults import Fault, fault_of
 from .fields import Fields
 from .guard import Access, Bodies, Guard
+from .page import page_response
 from .replies import HEADERS, Reply, fault_event, fault_response, json_response
 from .requests import Asked, Defaults, chat_request, completion_request, parsed
 
@@ -76,6 +77,10 @@ class Service:
         fields.end({}, ())
         self.catalogue.unload(name)
         return json_response({"unloaded": name})
+
+    async def page(self, request: Request) -> Response:
+        """GET /."""
+        return page_response()
 
     async def health(self, request: Request) -> Response:
         """GET /health."""
@@ -188,6 +193,7 @@ def make_app(service: Service) -> Starlette:
         An ASGI application.
     """
     routes = [
+        Route("/", service.page, methods=["GET"]),
         Route("/v1/chat/completions", service.chat, methods=["POST"]),
         Route("/v1/completions", service.completion, methods=["POST"]),
         Route("/v1/models", service.models, methods=["GET"]),

@@ -37,12 +37,14 @@ class StoredMatrix(ABC):
     Attributes:
         watch: told of reads.
         storage: what tiles are unpacked from; None where numbers are stored as they are.
-        copies: whether tiles are copies in the caller's buffer, not views of the file.
+        widens: whether tiles are converted into the caller's buffer, not views of the file.
+        reordered: whether rows lie in another order in the file, so that they are always copied.
     """
 
     watch: Watch | None = None
     storage: Storage | None = None
-    copies: bool
+    widens: bool
+    reordered = False
 
     @property
     @abstractmethod
@@ -105,7 +107,7 @@ class MappedMatrix(StoredMatrix):
     def __init__(self, stored: Tensor, compute_dtype: torch.dtype) -> None:
         """Wrap `stored`, a 2-D tensor on mapped memory."""
         self._stored = stored
-        self.copies = stored.dtype != compute_dtype
+        self.widens = stored.dtype != compute_dtype
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -145,7 +147,7 @@ class MappedMatrix(StoredMatrix):
             out.copy_(self._stored.index_select(0, indices))
 
     def _widened(self, part: Tensor, buffer: Tensor) -> Tensor:
-        if not self.copies:
+        if not self.widens:
             return part
         rows, cols = part.shape
         return buffer.as_strided((rows, cols), (cols, 1)).copy_(part)
@@ -154,12 +156,12 @@ class MappedMatrix(StoredMatrix):
 class ReorderedMatrix(StoredMatrix):
     """A frozen `(out, in)` matrix whose rows lie in another order in the file."""
 
-    copies = True
+    reordered = True
 
     def __init__(self, stored: StoredMatrix, order: Tensor) -> None:
         """Wrap `stored`; row i here is its row `order[i]`."""
         self._stored, self._order = stored, order
-        self.storage = stored.storage
+        self.storage, self.widens = stored.storage, stored.widens
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -60,7 +60,7 @@ class Quantizer(Storage, Protocol):
 class QuantizedMatrix(StoredMatrix):
     """A frozen `(out, in)` matrix in a quantised storage."""
 
-    copies = True
+    widens = True
 
     def __init__(
         self, storage: Storage, parts: Parts, shape: tuple[int, int], compute_dtype: torch.dtype

@@ -1,0 +1,1 @@
+"""lowtide inside other people's trainers; nothing of lowtide imports these."""

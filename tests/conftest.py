@@ -7,6 +7,7 @@ from pathlib import Path
 
 import helpers
 import pytest
+import small
 import torch
 
 from lowtide.model.gguf import home
@@ -48,3 +49,16 @@ def unpacked_here(monkeypatch: pytest.MonkeyPatch) -> None:
         unpack(GgufFile.open(path), directory)
 
     monkeypatch.setattr(home, "unpack_in_child", here)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 30,000 parameters, not to be written to. Rooms may have another of that name."""
+    return small.write_small_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sentences to train it on."""
+    rows = [{"text": sentence} for sentence in small.SENTENCES]
+    return small.write_jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", rows)

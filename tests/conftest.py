@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,13 @@ from lowtide.weights.gguf.file import GgufFile
 # The tensors here are tiny: handing them to a second thread costs several times what it saves, and
 # far more where other programs keep the cores busy.
 torch.set_num_threads(1)
+# A shell starts what it runs in the background with SIGINT and SIGQUIT ignored, and what is ignored
+# stays so in the processes that tests start and then interrupt.
+for _number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -12,6 +12,7 @@ if "GOMP_SPINCOUNT" not in os.environ:
 # per kind of product, 1 to 7 MB that nobody else could use.
 os.environ.setdefault("MKL_DISABLE_FAST_MM", "1")
 
+from lowtide.infer.answer import ask
 from lowtide.infer.generate import generate, logits
 from lowtide.memory.heap import fix_thresholds
 from lowtide.memory.measure import mark_import
@@ -20,6 +21,7 @@ from lowtide.model.adapter import Adapter, LoraConfig
 from lowtide.model.batch import Batch
 from lowtide.model.decoder import load_model
 from lowtide.train.budget import plan
+from lowtide.train.evaluating import evaluate
 from lowtide.train.run import train
 
 __version__ = "0.1.0"
@@ -27,6 +29,8 @@ __all__ = [
     "Adapter",
     "Batch",
     "LoraConfig",
+    "ask",
+    "evaluate",
     "generate",
     "gradients",
     "load_model",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from lowtide.data.decoding import StreamDecoder
+from lowtide.data.prompts import prompt_ids
 from lowtide.data.tokenizer import Tokenizer
 from lowtide.errors import DataError
 from lowtide.model.adapter import Adapter
@@ -129,6 +130,28 @@ class Answer:
         if not stop.found and (piece := stop.push(decoder.finish()) + stop.finish()):
             yield piece
         self.finish = STOP if stop.found or self.n_tokens < limit else LENGTH
+
+
+def ask(model: Decoder, adapter: Adapter | None, prompt: str, max_tokens: int = 256) -> str:
+    """The greedy answer to one question: what `lowtide generate` prints.
+
+    Args:
+        model: the frozen model, with its tokenizer beside it.
+        adapter: LoRA matrices, or None for the base model.
+        prompt: a user's turn where the model has a chat template, else a text to go on with.
+        max_tokens: the answer's most tokens.
+
+    Returns:
+        The answer's text.
+
+    Raises:
+        DataError: the prompt is too long, or cannot be tokenised.
+        ModelError: there is no usable tokenizer.
+    """
+    tokenizer = Tokenizer.load(model.directory)
+    answerer = Answerer(model, tokenizer)
+    wanted = Wanted(max_tokens, Sampling())
+    return "".join(answerer.answer(adapter, prompt_ids(tokenizer, prompt), wanted))
 
 
 class Answerer:

@@ -15,6 +15,7 @@ from lowtide.methods import Method
 from lowtide.model.adapter import Adapter
 from lowtide.model.batch import Batch
 from lowtide.model.decoder import Decoder
+from lowtide.notebook import table
 
 
 class Sequences(Protocol):
@@ -45,6 +46,10 @@ class Evaluation:
     def perplexity(self) -> float:
         """`exp(loss)`."""
         return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    def _repr_html_(self) -> str:
+        rows = [("loss", f"{self.loss:.4f}"), ("perplexity", f"{self.perplexity:,.2f}")]
+        return table("an evaluation", [*rows, ("tokens", f"{self.n_tokens:,}")])
 
 
 def batch_of(dataset: Sequences, indices: Sequence[int]) -> Batch:

@@ -19,6 +19,7 @@ from lowtide.model.adapter import LoraConfig, adapter_shapes
 from lowtide.model.kept import kept_elements
 from lowtide.model.spec import ModelSpec
 from lowtide.model.workspace import Workspace, mlp_tile_width, score_capacity
+from lowtide.notebook import megabytes, table
 from lowtide.ops.attention import allocated_elements, self_segments
 from lowtide.ops.dropout import DRAW_BYTES
 from lowtide.ops.products import (
@@ -112,6 +113,11 @@ class Plan:
         """The smallest budget for this setting: the prediction and what it may be wrong by."""
         peak = self.predicted_peak_bytes
         return peak + max(_SPARE_BYTES, int(_SPARE_SHARE * peak))
+
+    def _repr_html_(self) -> str:
+        kinds = sorted(self.by_kind.items(), key=lambda item: -item[1])
+        rows = [(kind, megabytes(count)) for kind, count in kinds if count]
+        return table("a step's peak", [*rows, ("together", megabytes(self.predicted_peak_bytes))])
 
 
 def predict(work: Workload, options: MethodOptions) -> Plan:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lowtide.errors import ConfigError
+from lowtide.notebook import table
 from lowtide.ops.dora import own_scratch, row_norms_
 from lowtide.ops.lora_linear import Lora
 
@@ -67,6 +68,15 @@ class Adapter:
         self.parameters = parameters
         own = (p.dtype for p in parameters.values())
         self.compute_dtype = compute_dtype or next(own, torch.float32)
+
+    def _repr_html_(self) -> str:
+        count = sum(p.numel() for p in self.parameters.values())
+        kind = "DoRA" if self.config.use_dora else "LoRA"
+        rows = [("r", str(self.config.r)), ("lora_alpha", f"{self.config.lora_alpha:g}")]
+        linears = sorted({module.split(".")[-1] for module in self.modules})
+        return table(
+            f"a {kind} adapter", [*rows, ("on", ", ".join(linears)), ("parameters", f"{count:,}")]
+        )
 
     @classmethod
     def create(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from lowtide.notebook import megabytes, table
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -44,6 +46,19 @@ class TrainResult:
     best_step: int | None = None
     """The step whose adapter lies in `best`, by validation loss."""
     best_valid_loss: float | None = None
+
+    def _repr_html_(self) -> str:
+        rows = [("updates", f"{self.steps:,}"), ("loss", f"{self.loss:.4f}")]
+        if self.valid_loss is not None:
+            rows.append(("validation loss", f"{self.valid_loss:.4f}"))
+        if self.best_step is not None:
+            rows.append(("best at update", f"{self.best_step:,}"))
+        rows += [
+            ("trained tokens", f"{self.n_tokens:,}"),
+            ("time", f"{self.wall_s:,.1f} s"),
+            ("peak_anon_bytes", megabytes(self.peak_anon_bytes)),
+        ]
+        return table("a run", rows)
 
 
 @dataclass

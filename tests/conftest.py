@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import helpers
 import pytest
+import small
 import torch
 
 from lowtide.model.gguf import home
@@ -16,6 +18,13 @@ from lowtide.weights.gguf.file import GgufFile
 # The tensors here are tiny: handing them to a second thread costs several times what it saves, and
 # far more where other programs keep the cores busy.
 torch.set_num_threads(1)
+# A shell starts what it runs in the background with SIGINT and SIGQUIT ignored, and what is ignored
+# stays so in the processes that tests start and then interrupt.
+for _number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -48,3 +57,16 @@ def unpacked_here(monkeypatch: pytest.MonkeyPatch) -> None:
         unpack(GgufFile.open(path), directory)
 
     monkeypatch.setattr(home, "unpack_in_child", here)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 30,000 parameters, not to be written to. Rooms may have another of that name."""
+    return small.write_small_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sentences to train it on."""
+    rows = [{"text": sentence} for sentence in small.SENTENCES]
+    return small.write_jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", rows)

@@ -1,4 +1,4 @@
-"""A small model and data that every command can run on."""
+"""What every command can run on."""
 
 from __future__ import annotations
 
@@ -6,17 +6,6 @@ from pathlib import Path
 
 import pytest
 import small
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.write_small_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rows = [{"text": sentence} for sentence in small.SENTENCES]
-    return small.write_jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", rows)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,8 @@ from small import write_small_tokenizer
 from test_family_tokenizers import AWKWARD, SPECIALS
 from tiny_tokenizer import write_tiny
 
-from lowtide.data.gguf_tokenizer import PIPELINE_KEY, merges_by_score, tokenizer_files
+from lowtide.data.gguf_tokenizer import PIPELINE_KEY, tokenizer_files
+from lowtide.data.gguf_vocabulary import merges_by_score
 from lowtide.data.pre_tokenizers import PRE_TOKENIZERS, name_of
 from lowtide.data.tokenizer import Tokenizer
 from lowtide.errors import ModelError

@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import date, timedelta
@@ -295,3 +296,78 @@ def test_the_child_tells_its_own_memory(
     held = bytearray(150_000_000)
     peak = prepare(request_for(path)).child_peak_rss_bytes
     assert len(held) > peak > 10_000_000
+
+
+def made(
+    cache: Path, request_for: Request, write_rows: Write, count: int, **given: Any
+) -> list[Path]:
+    """Entries of equal size, each of which was used a day before the next."""
+    found = []
+    for number in range(count):
+        data = write_rows(cache.parent / f"{number}.jsonl", {"text": f"{number} {'x' * 50}"})
+        report = worker.run(request_for(data, **given))
+        found.append(report.splits["train"].path.parent)
+    for number, path in enumerate(found):
+        used = time.time() - 86_400 * (count - number)
+        os.utime(path, (used, used))
+    return found
+
+
+def size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.iterdir())
+
+
+def test_what_was_not_used_for_longest_is_removed(
+    request_for: Request, tmp_path: Path, write_rows: Write
+) -> None:
+    cache = tmp_path / "cache"
+    old = made(cache, request_for, write_rows, 5)
+    limit = 4 * size(old[0]) + 20
+    worker.run(request_for(tmp_path / "0.jsonl"))  # used again, which counts
+    new = write_rows(tmp_path / "new.jsonl", {"text": f"n {'x' * 50}"})
+    added = worker.run(request_for(new, cache_bytes=limit)).splits["train"].path.parent
+    assert entries(cache) == sorted([old[0], old[3], old[4], added])
+    assert [path for path in cache.iterdir() if path.name.startswith(".")] == []
+    assert not worker.run(request_for(tmp_path / "1.jsonl")).splits["train"].from_store
+
+
+def test_a_run_keeps_what_it_has_open(
+    request_for: Request, tmp_path: Path, write_rows: Write
+) -> None:
+    cache = tmp_path / "cache"
+    (old,) = made(cache, request_for, write_rows, 1)
+    (file,) = [path for path in old.iterdir() if path.suffix != ".json"]
+    dataset = TokenDataset.open(file)
+    before = dataset.sequence(0)
+    new = write_rows(tmp_path / "new.jsonl", {"text": "n"})
+    worker.run(request_for(new, cache_bytes=1))
+    assert not old.exists()
+    assert dataset.sequence(0) == before
+
+
+def test_what_somebody_may_be_about_to_open_stays(
+    request_for: Request, tmp_path: Path, write_rows: Write
+) -> None:
+    """What was used a moment ago, what another process holds the lock of, and what is not ours."""
+    cache = tmp_path / "cache"
+    old = made(cache, request_for, write_rows, 3)
+    os.utime(old[0])
+    (cache / "mine").mkdir()
+    (cache / "mine" / "file").write_text("x" * 1000)
+    with TokenStore(cache, "another").locked(old[1].name):
+        new = write_rows(tmp_path / "new.jsonl", {"text": "n"})
+        added = worker.run(request_for(new, cache_bytes=1)).splits["train"].path.parent
+        assert entries(cache) == sorted([old[0], old[1], added, cache / "mine"])
+
+
+def test_runs_at_once_may_all_prune(
+    request_for: Request, tmp_path: Path, write_rows: Write
+) -> None:
+    cache = tmp_path / "cache"
+    made(cache, request_for, write_rows, 12)
+    new = [write_rows(tmp_path / f"n{i}.jsonl", {"text": f"n{i}"}) for i in range(3)]
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(3) as pool:
+        reports = pool.map(worker.run, [request_for(path, cache_bytes=1) for path in new])
+    assert entries(cache) == sorted(report.splits["train"].path.parent for report in reports)
+    assert all(ids(report) for report in reports)

@@ -163,7 +163,7 @@ def killed(work: Callable[[], object], after_s: float) -> bool:
     return os.WIFSIGNALED(status)
 
 
-@pytest.mark.parametrize("kills", [40, pytest.param(600, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [40, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("replacing", [False, True])
 def test_a_merge_that_is_killed_leaves_nothing_or_all(
     kills: int, replacing: bool, work: Work, truth: dict[str, bytes | None], tmp_path: Path

@@ -5,6 +5,7 @@ Quick tests take a share of the inputs; `slow` ones take all. `FUZZ_INPUTS` sets
 
 from __future__ import annotations
 
+import inspect
 import os
 import resource
 import sys
@@ -12,11 +13,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
-from hypothesis import HealthCheck, settings
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis.strategies import SearchStrategy
 
 from lowtide.errors import LowtideError
+from lowtide.model import patterns
 
 QUICK = 100
 """Inputs of a kind in the quick tests, or a multiple of it."""
@@ -47,6 +52,8 @@ class Watch:
     def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
         if self.inside is None:
             return
+        if event == "subprocess.Popen" and arguments[1][-1] == patterns.CHILD:
+            return  # which has limits of its own, and only reads
         if event in _RAISES:
             self.outside.append(f"{event} {arguments[0]!r}")
         elif event == "open":
@@ -113,6 +120,32 @@ def judging(name: str, directory: Path) -> Iterator[Judge]:
     finally:
         said = ", ".join(f"{kind} {count:,}" for kind, count in counts.most_common())
         print(f"{name}: {sum(counts.values()):,} inputs: {said}")
+
+
+def fuzz(
+    check: Callable[..., None], strategy: SearchStrategy[Any], quick: int, many: int
+) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Two tests of one check: a quick one, and a slow one of many inputs.
+
+    Args:
+        check: takes an input first, then fixtures.
+        strategy: makes inputs.
+        quick: how many.
+        many: how many in the slow one.
+
+    Returns:
+        Both, to be given names that begin with `test_`.
+    """
+    first = next(iter(inspect.signature(check).parameters))
+
+    def test(count: int) -> Callable[..., None]:
+        again = FunctionType(
+            check.__code__, check.__globals__, check.__name__, None, check.__closure__
+        )
+        made: Callable[..., None] = inputs(count)(given(**{first: strategy})(again))
+        return made
+
+    return test(quick), pytest.mark.slow(test(many))
 
 
 def inputs(count: int) -> settings:

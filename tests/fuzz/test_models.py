@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
-from judging import QUICK, Judge, inputs
-from mutate import texts
+from judging import QUICK, Judge, fuzz
+from mutate import documents, texts
+from safetensors.torch import load_file, save_file
 from safetensors_files import Parts, files
 from small import CONFIG, write_small_model
 
@@ -21,7 +21,6 @@ import lowtide as lt
 from lowtide.model.families import FAMILIES, read_config, spec_from_config
 from lowtide.model.quantized import quantize_model, verify_model
 from lowtide.model.words import in_words
-from lowtide.weights.checkpoint import Checkpoint
 from lowtide.weights.manifest import MANIFEST_FILE, PARTIAL_FILE
 from lowtide.weights.quantize import JOURNAL_FILE
 
@@ -34,28 +33,18 @@ FIELDS = tuple(sorted({name for config in GOOD for name in config}))
 CONFIGS = st.sampled_from(GOOD).flatmap(lambda config: texts(config, FIELDS))
 
 
-def _config(raw: bytes, judge: Judge, directory: Path) -> None:
-    (directory / "config.json").write_bytes(raw)
+def _config(raw: bytes, judge: Judge, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes(raw)
 
     def read() -> None:
-        spec = spec_from_config(read_config(directory))
+        spec = spec_from_config(read_config(tmp_path))
         assert spec.n_parameters > 0
         assert all(text for _, text in in_words(spec))
 
     judge(read)
 
 
-@given(raw=CONFIGS)
-@inputs(QUICK * 4)
-def test_configs(raw: bytes, judge: Judge, tmp_path: Path) -> None:
-    _config(raw, judge, tmp_path)
-
-
-@pytest.mark.slow
-@given(raw=CONFIGS)
-@inputs(30_000)
-def test_many_configs(raw: bytes, judge: Judge, tmp_path: Path) -> None:
-    _config(raw, judge, tmp_path)
+test_configs, test_many_configs = fuzz(_config, CONFIGS, QUICK * 4, 30_000)
 
 
 @pytest.fixture(scope="module")
@@ -79,43 +68,46 @@ def _use(directory: Path) -> None:
     assert found.shape == (3, decoder.spec.vocab_size)
 
 
-def _weights(data: st.DataObject, judge: Judge, scratch: Path, good: Parts) -> None:
+def _weights(data: st.DataObject, judge: Judge, scratch: Path, model: Path) -> None:
+    good = Parts(model / "model.safetensors")
     (scratch / "model.safetensors").write_bytes(data.draw(files(good)))
     judge(lambda: _use(scratch))
 
 
-@given(data=st.data())
-@inputs(QUICK)
-def test_weights(data: st.DataObject, judge: Judge, scratch: Path, model: Path) -> None:
-    _weights(data, judge, scratch, Parts(model / "model.safetensors"))
+test_weights, test_many_weights = fuzz(_weights, st.data(), QUICK, 8_000)
 
 
-@pytest.mark.slow
-@given(data=st.data())
-@inputs(8_000)
-def test_many_weights(data: st.DataObject, judge: Judge, scratch: Path, model: Path) -> None:
-    _weights(data, judge, scratch, Parts(model / "model.safetensors"))
+SHARDS = ("a.safetensors", "b.safetensors")
 
 
-INDEX = {"metadata": {"total_size": 1}, "weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}
+@pytest.fixture
+def sharded(scratch: Path) -> Path:
+    """The model in two files."""
+    tensors = load_file(scratch / "model.safetensors")
+    for number, name in enumerate(SHARDS):
+        kept = {key: tensors[key] for key in sorted(tensors)[number::2]}
+        save_file(kept, scratch / name)
+    (scratch / "model.safetensors").unlink()
+    return scratch
 
 
-def _index(raw: bytes, judge: Judge, scratch: Path) -> None:
-    (scratch / "model.safetensors.index.json").write_bytes(raw)
-    judge(lambda: Checkpoint.open(scratch))
+def _index(data: st.DataObject, judge: Judge, sharded: Path) -> None:
+    """A file that says where each tensor lies; what it says beside that is nobody's business."""
+    names = sorted(spec_from_config(read_config(sharded)).tensor_shapes())
+    index = {
+        "metadata": {"total_size": 1},
+        "weight_map": {name: SHARDS[number % 2] for number, name in enumerate(names)},
+    }
+    if data.draw(st.booleans()):
+        index["metadata"] = data.draw(documents(index["metadata"]))
+        raw = json.dumps(index).encode("utf-8", "surrogatepass")
+    else:
+        raw = data.draw(texts(index, ("weight_map",)))
+    (sharded / "model.safetensors.index.json").write_bytes(raw)
+    judge(lambda: _use(sharded))
 
 
-@given(raw=texts(INDEX, ("weight_map",)))
-@inputs(QUICK)
-def test_indexes(raw: bytes, judge: Judge, scratch: Path) -> None:
-    _index(raw, judge, scratch)
-
-
-@pytest.mark.slow
-@given(raw=texts(INDEX, ("weight_map",)))
-@inputs(6_000)
-def test_many_indexes(raw: bytes, judge: Judge, scratch: Path) -> None:
-    _index(raw, judge, scratch)
+test_indexes, test_many_indexes = fuzz(_index, st.data(), QUICK, 6_000)
 
 
 @pytest.fixture(scope="module")
@@ -125,70 +117,46 @@ def quantized(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def _quantized(data: st.DataObject, judge: Judge, out: Path, good: Path) -> None:
+def _quantized(data: st.DataObject, judge: Judge, tmp_path: Path, quantized: Path) -> None:
     """The manifest or the weights; what was written stays checked against the other."""
     name = data.draw(st.sampled_from((MANIFEST_FILE, "model.safetensors", "config.json")))
-    for path in good.iterdir():
-        shutil.copyfile(path, out / path.name)
+    for path in quantized.iterdir():
+        shutil.copyfile(path, tmp_path / path.name)
     if name == "model.safetensors":
-        (out / name).write_bytes(data.draw(files(Parts(good / name))))
+        (tmp_path / name).write_bytes(data.draw(files(Parts(quantized / name))))
     else:
-        (out / name).write_bytes(data.draw(texts(json.loads((good / name).read_text()))))
-    judge(lambda: _use(out))
-    judge(lambda: verify_model(out))
+        (tmp_path / name).write_bytes(data.draw(texts(json.loads((quantized / name).read_text()))))
+    judge(lambda: _use(tmp_path))
+    judge(lambda: verify_model(tmp_path))
 
 
-@given(data=st.data())
-@inputs(QUICK // 2)
-def test_quantised_models(
-    data: st.DataObject, judge: Judge, tmp_path: Path, quantized: Path
+test_quantised_models, test_many_quantised_models = fuzz(_quantized, st.data(), QUICK // 2, 2_000)
+
+
+def _unfinished(
+    data: st.DataObject, judge: Judge, tmp_path: Path, model: Path, quantized: Path
 ) -> None:
-    _quantized(data, judge, tmp_path, quantized)
-
-
-@pytest.mark.slow
-@given(data=st.data())
-@inputs(2_000)
-def test_many_quantised_models(
-    data: st.DataObject, judge: Judge, tmp_path: Path, quantized: Path
-) -> None:
-    _quantized(data, judge, tmp_path, quantized)
-
-
-def _unfinished(data: st.DataObject, judge: Judge, out: Path, model: Path, good: Path) -> None:
     """A journal of work that was stopped: whatever it says, the same weights come out."""
-    for path in out.iterdir():
+    for path in tmp_path.iterdir():
         path.unlink()
-    quantize_model(str(model), out, "int8")
-    whole = (good / "model.safetensors").read_bytes()
-    assert (out / "model.safetensors").read_bytes() == whole
+    quantize_model(str(model), tmp_path, "int8")
+    whole = (quantized / "model.safetensors").read_bytes()
+    assert (tmp_path / "model.safetensors").read_bytes() == whole
     lines = [
         {"storage": "int8", "source": [["model.safetensors", "x"]], "header": "x"},
         {"name": "model.norm.weight", "sha256": {"model.norm.weight": "x"}},
     ]
-    (out / MANIFEST_FILE).unlink()
-    (out / "model.safetensors").rename(out / PARTIAL_FILE)
+    (tmp_path / MANIFEST_FILE).unlink()
+    (tmp_path / "model.safetensors").rename(tmp_path / PARTIAL_FILE)
     changed = [data.draw(texts(line)) for line in lines]
-    (out / JOURNAL_FILE).write_bytes(b"\n".join(changed) + data.draw(st.sampled_from((b"\n", b""))))
-    judge(lambda: quantize_model(str(model), out, "int8", overwrite=True))
-    assert (out / "model.safetensors").read_bytes() == whole
+    (tmp_path / JOURNAL_FILE).write_bytes(
+        b"\n".join(changed) + data.draw(st.sampled_from((b"\n", b"")))
+    )
+    judge(lambda: quantize_model(str(model), tmp_path, "int8", overwrite=True))
+    assert (tmp_path / "model.safetensors").read_bytes() == whole
 
 
-@given(data=st.data())
-@inputs(QUICK // 10)
-def test_unfinished_models(
-    data: st.DataObject, judge: Judge, tmp_path: Path, model: Path, quantized: Path
-) -> None:
-    _unfinished(data, judge, tmp_path, model, quantized)
-
-
-@pytest.mark.slow
-@given(data=st.data())
-@inputs(200)
-def test_many_unfinished_models(
-    data: st.DataObject, judge: Judge, tmp_path: Path, model: Path, quantized: Path
-) -> None:
-    _unfinished(data, judge, tmp_path, model, quantized)
+test_unfinished_models, test_many_unfinished_models = fuzz(_unfinished, st.data(), QUICK // 10, 200)
 
 
 @pytest.fixture(scope="module")
@@ -210,32 +178,22 @@ KNOWN = (
 )
 
 
-def _adapter(data: st.DataObject, judge: Judge, directory: Path, made: Any) -> None:
-    decoder, config, parts = made()
+def _adapter(data: st.DataObject, judge: Judge, tmp_path: Path, adapters: Any) -> None:
+    decoder, config, parts = adapters()
     which = data.draw(st.sampled_from(("config", "config", "weights")))
     raw = json.dumps(config).encode() if which == "weights" else data.draw(texts(config, KNOWN))
-    (directory / "adapter_config.json").write_bytes(raw)
+    (tmp_path / "adapter_config.json").write_bytes(raw)
     weights = data.draw(files(parts)) if which == "weights" else None
     if weights is None:
         header = json.dumps(parts.header).encode()
         weights = len(header).to_bytes(8, "little") + header + parts.data
-    (directory / "adapter_model.safetensors").write_bytes(weights)
+    (tmp_path / "adapter_model.safetensors").write_bytes(weights)
 
     def use() -> None:
-        adapter = lt.Adapter.load(directory, decoder)
+        adapter = lt.Adapter.load(tmp_path, decoder)
         assert torch.isfinite(lt.logits(decoder, adapter, [1, 2, 3])).all()
 
     judge(use)
 
 
-@given(data=st.data())
-@inputs(QUICK * 2)
-def test_adapters(data: st.DataObject, judge: Judge, tmp_path: Path, adapters: Any) -> None:
-    _adapter(data, judge, tmp_path, adapters)
-
-
-@pytest.mark.slow
-@given(data=st.data())
-@inputs(8_000)
-def test_many_adapters(data: st.DataObject, judge: Judge, tmp_path: Path, adapters: Any) -> None:
-    _adapter(data, judge, tmp_path, adapters)
+test_adapters, test_many_adapters = fuzz(_adapter, st.data(), QUICK * 2, 8_000)

@@ -8,9 +8,8 @@ import warnings
 from pathlib import Path
 
 import pytest
-from hypothesis import given
 from hypothesis import strategies as st
-from judging import QUICK, Judge, inputs
+from judging import QUICK, Judge, fuzz
 from mutate import broken, documents, texts
 from safetensors_files import Parts, files
 from small import SENTENCES, run, write_jsonl, write_small_model
@@ -36,8 +35,9 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "out"
 
 
-def _damaged(data: st.DataObject, judge: Judge, root: Path, good: Path) -> None:
+def _damaged(data: st.DataObject, judge: Judge, tmp_path: Path, good: Path) -> None:
     """One file of the newest checkpoint: the one before is taken, unless nothing changed."""
+    root = tmp_path / "run"
     shutil.rmtree(root, ignore_errors=True)
     shutil.copytree(good, root)
     newest = root / FOLDER / "step-4"
@@ -60,21 +60,12 @@ def _damaged(data: st.DataObject, judge: Judge, root: Path, good: Path) -> None:
     judge(use)
 
 
-@given(data=st.data())
-@inputs(QUICK)
-def test_checkpoints(data: st.DataObject, judge: Judge, tmp_path: Path, good: Path) -> None:
-    _damaged(data, judge, tmp_path / "run", good)
+test_checkpoints, test_many_checkpoints = fuzz(_damaged, st.data(), QUICK, 3_000)
 
 
-@pytest.mark.slow
-@given(data=st.data())
-@inputs(3_000)
-def test_many_checkpoints(data: st.DataObject, judge: Judge, tmp_path: Path, good: Path) -> None:
-    _damaged(data, judge, tmp_path / "run", good)
-
-
-def _forged(data: st.DataObject, judge: Judge, root: Path, good: Path) -> None:
+def _forged(data: st.DataObject, judge: Judge, tmp_path: Path, good: Path) -> None:
     """A state with another content and the checksum of that."""
+    root = tmp_path / "run"
     shutil.rmtree(root, ignore_errors=True)
     shutil.copytree(good, root)
     path = root / FOLDER / "step-4" / STATE_FILE
@@ -95,17 +86,7 @@ def _forged(data: st.DataObject, judge: Judge, root: Path, good: Path) -> None:
     judge(use)
 
 
-@given(data=st.data())
-@inputs(QUICK)
-def test_forged_states(data: st.DataObject, judge: Judge, tmp_path: Path, good: Path) -> None:
-    _forged(data, judge, tmp_path / "run", good)
-
-
-@pytest.mark.slow
-@given(data=st.data())
-@inputs(3_000)
-def test_many_forged_states(data: st.DataObject, judge: Judge, tmp_path: Path, good: Path) -> None:
-    _forged(data, judge, tmp_path / "run", good)
+test_forged_states, test_many_forged_states = fuzz(_forged, st.data(), QUICK, 3_000)
 
 
 def test_a_state_that_is_no_object(tmp_path: Path) -> None:

@@ -8,9 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
 from hypothesis import strategies as st
-from judging import QUICK, Judge, inputs
+from judging import QUICK, Judge, fuzz
 
 from lowtide.data import template_cost
 from lowtide.data.templates import ChatTemplate
@@ -221,14 +220,4 @@ def _template(source: str, judge: Judge, monkeypatch: pytest.MonkeyPatch) -> Non
     judge(use)
 
 
-@given(source=templates())
-@inputs(QUICK)
-def test_templates(source: str, judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
-    _template(source, judge, monkeypatch)
-
-
-@pytest.mark.slow
-@given(source=templates())
-@inputs(3_000)
-def test_many_templates(source: str, judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
-    _template(source, judge, monkeypatch)
+test_templates, test_many_templates = fuzz(_template, templates(), QUICK, 3_000)

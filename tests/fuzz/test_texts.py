@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
 from hypothesis import strategies as st
-from judging import QUICK, Judge, inputs
+from judging import QUICK, Judge, fuzz
 from mutate import broken, documents, texts
 from small import CHATML, write_small_tokenizer
 
@@ -84,14 +83,14 @@ NAMES = (
 )
 
 
-def _tokenizer(data: st.DataObject, judge: Judge, directory: Path) -> None:
+def _tokenizer(data: st.DataObject, judge: Judge, tmp_path: Path) -> None:
     changed = data.draw(st.sampled_from((*TOKENIZER_FILES, "tokenizer.json")))
     for name, good in TOKENIZER_FILES.items():
         raw = data.draw(texts(good, NAMES)) if name == changed else json.dumps(good).encode()
-        (directory / name).write_bytes(raw)
+        (tmp_path / name).write_bytes(raw)
 
     def use() -> None:
-        tokenizer = Tokenizer.load(directory)
+        tokenizer = Tokenizer.load(tmp_path)
         ids, offsets = tokenizer.encode_document(AWKWARD)
         assert len(ids) == len(offsets)
         assert isinstance(tokenizer.decode(ids), str)
@@ -103,17 +102,7 @@ def _tokenizer(data: st.DataObject, judge: Judge, directory: Path) -> None:
     judge(use)
 
 
-@given(data=st.data())
-@inputs(QUICK * 2)
-def test_tokenizers(data: st.DataObject, judge: Judge, tmp_path: Path) -> None:
-    _tokenizer(data, judge, tmp_path)
-
-
-@pytest.mark.slow
-@given(data=st.data())
-@inputs(4_000)
-def test_many_tokenizers(data: st.DataObject, judge: Judge, tmp_path: Path) -> None:
-    _tokenizer(data, judge, tmp_path)
+test_tokenizers, test_many_tokenizers = fuzz(_tokenizer, st.data(), QUICK * 2, 4_000)
 
 
 ROWS: list[list[Any]] = [
@@ -157,10 +146,11 @@ def encoders(tmp_path_factory: pytest.TempPathFactory) -> list[Encoder]:
 
 
 def _records(
-    found: tuple[str, bytes], mask: bool, judge: Judge, place: Path, encoders: list[Encoder]
+    drawn: tuple[tuple[str, bytes], bool], judge: Judge, tmp_path: Path, encoders: list[Encoder]
 ) -> None:
-    path = place / found[0]
-    path.write_bytes(found[1])
+    (name, content), mask = drawn
+    path = tmp_path / name
+    path.write_bytes(content)
 
     def use() -> None:
         for record in iter_records(path):
@@ -170,21 +160,9 @@ def _records(
     judge(use)
 
 
-@given(found=records(), mask=st.booleans())
-@inputs(QUICK * 4)
-def test_records(
-    found: tuple[str, bytes], mask: bool, judge: Judge, tmp_path: Path, encoders: list[Encoder]
-) -> None:
-    _records(found, mask, judge, tmp_path, encoders)
-
-
-@pytest.mark.slow
-@given(found=records(), mask=st.booleans())
-@inputs(30_000)
-def test_many_records(
-    found: tuple[str, bytes], mask: bool, judge: Judge, tmp_path: Path, encoders: list[Encoder]
-) -> None:
-    _records(found, mask, judge, tmp_path, encoders)
+test_records, test_many_records = fuzz(
+    _records, st.tuples(records(), st.booleans()), QUICK * 4, 30_000
+)
 
 
 PARSER = parser_for(TrainSettings, "lowtide train", "")
@@ -240,23 +218,13 @@ def settings_files(draw: st.DrawFn) -> bytes:
     return draw(broken(text + (b"\n" + nasty if kind == "both" else b"")))
 
 
-def _settings(raw: bytes, judge: Judge, directory: Path) -> None:
-    (directory / "run.yaml").write_bytes(raw)
-    parsed = PARSER.parse_strictly(["--config", str(directory / "run.yaml")])
+def _settings(raw: bytes, judge: Judge, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_bytes(raw)
+    parsed = PARSER.parse_strictly(["--config", str(tmp_path / "run.yaml")])
     judge(lambda: build(TrainSettings, given_values(parsed)))
 
 
-@given(raw=settings_files())
-@inputs(QUICK)
-def test_settings_files(raw: bytes, judge: Judge, tmp_path: Path) -> None:
-    _settings(raw, judge, tmp_path)
-
-
-@pytest.mark.slow
-@given(raw=settings_files())
-@inputs(3_000)
-def test_many_settings_files(raw: bytes, judge: Judge, tmp_path: Path) -> None:
-    _settings(raw, judge, tmp_path)
+test_settings_files, test_many_settings_files = fuzz(_settings, settings_files(), QUICK, 3_000)
 
 
 @pytest.mark.parametrize("text", NASTY)
@@ -274,8 +242,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return path.read_bytes()
 
 
-def _cache(data: st.DataObject, judge: Judge, path: Path, good: bytes) -> None:
-    header, tail = json.loads(good[8:512]), good[512:]
+def _cache(data: st.DataObject, judge: Judge, tmp_path: Path, cache: bytes) -> None:
+    path = tmp_path / "train.safetensors"
+    header, tail = json.loads(cache[8:512]), cache[512:]
     if data.draw(st.booleans()):
         header = data.draw(documents(header))
     text = json.dumps(header).encode("utf-8", "surrogatepass").ljust(504)
@@ -284,7 +253,7 @@ def _cache(data: st.DataObject, judge: Judge, path: Path, good: bytes) -> None:
         place = data.draw(st.integers(0, len(numbers) - 8))
         wrong = data.draw(st.sampled_from((-1, 0, 2**31, 2**62, -(2**63))))
         numbers[place : place + 8] = struct.pack("<q", wrong)
-    path.write_bytes(good[:8] + text + bytes(numbers))
+    path.write_bytes(cache[:8] + text + bytes(numbers))
 
     def use() -> None:
         dataset = TokenDataset.open(path)
@@ -295,14 +264,4 @@ def _cache(data: st.DataObject, judge: Judge, path: Path, good: bytes) -> None:
     judge(use)
 
 
-@given(data=st.data())
-@inputs(QUICK)
-def test_token_caches(data: st.DataObject, judge: Judge, tmp_path: Path, cache: bytes) -> None:
-    _cache(data, judge, tmp_path / "train.safetensors", cache)
-
-
-@pytest.mark.slow
-@given(data=st.data())
-@inputs(8_000)
-def test_many_token_caches(data: st.DataObject, judge: Judge, tmp_path: Path, cache: bytes) -> None:
-    _cache(data, judge, tmp_path / "train.safetensors", cache)
+test_token_caches, test_many_token_caches = fuzz(_cache, st.data(), QUICK, 8_000)

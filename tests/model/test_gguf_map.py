@@ -198,3 +198,19 @@ def test_odd_values_are_read_or_refused(case: tuple[str, int]) -> None:
             with contextlib.suppress(ModelError):
                 shapes = {**shapes_of(model), name: shape}
                 spec_from_config(config_from_metadata(model.metadata, shapes, lambda name: [1.0]))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("attention.scale", 0.3), ("attention.causal", False), ("rope.scaling.attn_factor", 1.2),
+     ("expert_count", 8), ("rope.scaling.yarn_beta_fast", 16.0), ("final_logit_softcapping", 30.0)],
+)  # fmt: skip
+def test_a_key_that_changes_the_function_is_never_passed_over(key: str, value: Any) -> None:
+    model = gguf_model(FAMILIES["qwen3"].examples[0])
+    config = read_again(model, **{f"qwen3.{key}": None})
+    with pytest.raises(ModelError) as caught:
+        read_again(model, **{f"qwen3.{key}": value})
+    assert f"qwen3.{key} = {value!r} is not a setting that lowtide knows" in str(caught.value)
+    neutral = {"attention.causal": True, "rope.scaling.attn_factor": 1.0,
+               "rope.scaling.yarn_beta_fast": 32.0}.get(key, 0.0)  # fmt: skip
+    assert read_again(model, **{f"qwen3.{key}": neutral}) == config

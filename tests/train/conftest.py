@@ -1,4 +1,4 @@
-"""A small model and data to train on."""
+"""A small model to compute with, and a small disk to write to."""
 
 from __future__ import annotations
 
@@ -7,21 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import small
 
 import lowtide as lt
 from lowtide.model.decoder import Decoder
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small.write_small_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rows = [{"text": sentence} for sentence in small.SENTENCES]
-    return small.write_jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", rows)
 
 
 @pytest.fixture

@@ -67,7 +67,7 @@ def nothing() -> None:
 
 def resting(told: list[Any]) -> Any:
     """A trainer that tells when it rests."""
-    return SimpleNamespace(rest=told.append, stop=SimpleNamespace(requested=False))
+    return SimpleNamespace(rest=told.append, stop=SimpleNamespace(requested=False, pausing=False))
 
 
 @pytest.mark.parametrize("given", [{}, {"keep_blocks": 1, "recompute_h": False}])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import small
 import torch
 from runs import train
 
@@ -17,8 +19,10 @@ from lowtide.errors import ConfigError
 from lowtide.infer.evaluate import batch_of
 from lowtide.memory.plan import predict
 from lowtide.model.decoder import Decoder
+from lowtide.train import order as order_module
 from lowtide.train.budget import options_of, workload
-from lowtide.train.order import RecordOrder, batch_rule, largest_batch
+from lowtide.train.order import RecordOrder, batch_rule, batches_of_epochs, largest_batch
+from lowtide.train.schedule import updates_of
 from lowtide.train.settings import TrainSettings
 
 
@@ -99,6 +103,62 @@ def test_the_plan_of_the_largest_batch_is_enough_for_all(decoder: Decoder) -> No
         enough = needed(largest_batch(chosen, rows, None))
         order = RecordOrder(rows, batch_rule(chosen))
         assert all(needed(rows.lengths_of(order.take()).tolist()) <= enough for _ in range(100))
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("epochs", [1, 3, 7, 2.5])
+def test_epochs_of_packed_batches_are_whole_passes(
+    epochs: float, accumulation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Passes have different numbers of batches; the updates take the last one and no more."""
+    monkeypatch.setattr(order_module, "_PACKING_WINDOW", 16)
+    rows = Rows([2 + i * i % 47 for i in range(70)])
+    chosen = settings(
+        packing=True, batch_size=2, max_seq_length=48, epochs=epochs,
+        grad_accumulation_steps=accumulation,
+    )  # fmt: skip
+    order = RecordOrder(rows, batch_rule(chosen))
+    each = [order.batches_in(epoch) for epoch in range(8)]
+    assert len(set(each)) > 1
+    updates = updates_of(chosen, batches_of_epochs(chosen, rows))
+    taken = [0] * 9
+    for _ in range(updates * accumulation):
+        order.take()
+        taken[order.position()["epoch"]] += 1
+    whole = int(epochs)
+    assert taken[:whole] == each[:whole]
+    share = math.ceil((epochs - whole) * each[whole])
+    assert share <= taken[whole] < share + accumulation
+    assert sum(taken[whole + 1 :]) == 0
+
+
+def test_data_check_counts_the_batches_that_training_makes(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = small.write_jsonl(
+        tmp_path / "d.jsonl", [{"text": "x" * (1 + i * i % 29)} for i in range(60)]
+    )
+    flags = ("--model", model, "--data", data, "--max-seq-length", 32, "--batch-size", 2)
+    counts = {}
+    for packing in (False, True):
+        own = ("--packing",) if packing else ()
+        monkeypatch.setattr(order_module, "_PACKING_WINDOW", 16)
+        checked = small.run("data", "check", *flags, *own, "--json").document["time"]
+        result = small.run(
+            "train",
+            *flags,
+            *own,
+            "--adapter-path",
+            tmp_path / f"{packing}",
+            "--epochs",
+            1,
+            "--json",
+        )
+        assert result.document["steps"] == checked["batches"]
+        counts[packing] = checked["batches"]
+        if packing:
+            assert 33 < checked["measured_tokens"] <= 64
+    assert counts[True] < counts[False] == 30
 
 
 @pytest.mark.parametrize(

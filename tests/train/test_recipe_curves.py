@@ -100,7 +100,7 @@ DATA = {"gsm8k": "data/gsm8k/train.jsonl", "alpaca": "data/alpaca_en_demo/alpaca
 # curves agree to 1e-9 there, float32 ones to 1e-3 and 1e-1 (docs/log.md).
 RATES: dict[str, dict[str, float]] = {
     "stories260K": {},
-    "bundled": {"adafactor": 3e-4, "relative adafactor": 0.1},
+    "bundled": {"adafactor": 3e-4, "relative adafactor": 0.05},
 }
 STEPS, BATCH = 100, 4
 

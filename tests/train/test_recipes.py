@@ -260,3 +260,25 @@ def test_every_optimiser_learns_with_every_way_of_clipping(
     )  # fmt: skip
     losses = [row["loss"] for row in metrics(tmp_path / "out")]
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5]), losses
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--keep-blocks", 3), "--keep-blocks is 3, and the model has 2 blocks"),
+        (("--keep-blocks", 2, "--num-layers", 1), "a gradient passes through 1 block only"),
+    ],
+)
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_blocks_that_cannot_be_kept_are_refused_before_the_data_is_read(
+    flags: tuple[object, ...], told: str, more: tuple[str, ...], model: Path, tmp_path: Path
+) -> None:
+    missing = tmp_path / "missing.jsonl"
+    out = tmp_path / "out"
+    outcome = small.run(
+        "train", "--model", model, "--data", missing, "--adapter-path", out, "--max-seq-length", 32,
+        *flags, *more,
+    )  # fmt: skip
+    assert outcome.code == 2
+    assert told in outcome.err
+    assert not out.exists()

@@ -12,6 +12,8 @@ import pytest
 import small
 from runs import train
 
+import lowtide as lt
+from lowtide.errors import DataError
 from lowtide.memory.heap import _KEPT_BYTES
 from lowtide.methods import METHODS
 from lowtide.train import samples as module
@@ -201,3 +203,51 @@ class Stops(Quiet):
     def on_step(self, report: StepReport) -> None:
         if report.step == 3:
             raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("prompts.txt", "\ufeffA red\r\n\n  a blue \nlast"),
+        ("prompts.jsonl", '"A red"\n\n{"prompt": "  a blue ", "completion": "x"}\n"last"\n'),
+    ],
+)
+def test_prompts_from_a_file(name: str, text: str, model: Path, data: Path, tmp_path: Path) -> None:
+    path, out = tmp_path / name, tmp_path / "out"
+    path.write_text(text, encoding="utf-8")
+    more = {"steps_per_sample": 4, "sample_tokens": 3}
+    train(model, data, out, sample_prompt="first", sample_prompts_file=path, **more)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    asked = ["first", "A red", "  a blue ", "last"]
+    assert [row["sample"]["prompt"] for row in rows if "sample" in row] == asked * 2
+    path.unlink()  # run.yaml has what was in it
+    lt.train(adapter_path=out, resume=True, iters=5)
+    path.write_text('"other"' if name.endswith("l") else "other")
+    lt.train(adapter_path=out, resume=True, iters=6, sample_prompts_file=path)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    told = [(row["step"], row["sample"]["prompt"]) for row in rows if "sample" in row]
+    assert told[-5:] == [*((5, prompt) for prompt in asked), (6, "other")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("p.txt", b"\n \n", "holds no prompts. Write one on each line"),
+        ("p.txt", b"\xff\xfe", "is not UTF-8 text"),
+        ("p.jsonl", b'"a"\n[1]\n', "line 2: expected a text such as"),
+        ("p.jsonl", b'{"text": "a"}', "line 1: expected a text such as"),
+        ("p.jsonl", b'"' + b"[" * 100_000, "line 1: expected a text such as"),
+        ("p.txt", None, "No such file|does not exist"),
+    ],
+)
+def test_a_file_without_prompts_is_refused(
+    name: str, content: bytes | None, told: str, model: Path, data: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=told) as error:
+        train(model, data, tmp_path / "out", sample_prompts_file=path)
+    assert str(path) in str(error.value)
+    assert len(str(error.value)) < 1000
+    assert not (tmp_path / "out").exists()

@@ -101,4 +101,4 @@ def test_a_ratio_is_a_share_of_the_updates_rounded_up() -> None:
     ],
 )
 def test_how_many_updates_a_run_makes(given: dict[str, Any], batches: int, updates: int) -> None:
-    assert updates_of(settings(**given), batches) == updates
+    assert updates_of(settings(**given), given.get("epochs", 0) * batches) == updates

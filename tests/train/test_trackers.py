@@ -15,6 +15,7 @@ import pytest
 import small
 from runs import train
 from tensorboardX.proto.event_pb2 import Event
+from test_stopped_runs import Interrupts
 
 from lowtide.train import trackers
 
@@ -157,3 +158,22 @@ def test_names() -> None:
     assert trackers.wanted_trackers(None) == []
     assert trackers.wanted_trackers("none") == []
     assert trackers.wanted_trackers("tensorboard, tensorboard") == ["tensorboard"]
+
+
+def test_a_replaced_run_leaves_nothing_of_its_own(model: Path, data: Path, tmp_path: Path) -> None:
+    """Not its page, nor its curves in TensorBoard, which would be drawn into those of the new."""
+    out = tmp_path / "out"
+    train(model, data, out, report_to="tensorboard", iters=3)
+    assert small.run("report", out).code == 0
+    (out / "notes.txt").write_text("mine")
+    before = small.tree(out)
+    interrupted = Interrupts("valid", 0)
+    train(model, data, out, interrupted, valid_data=data, overwrite=True, report_to="tensorboard")
+    assert small.tree(out) == before  # a run that did not come to an update replaces nothing
+    train(model, data, out, overwrite=True, report_to="tensorboard", iters=2)
+    assert not (out / "report.html").exists()
+    assert len(list((out / "tensorboard").iterdir())) == 1
+    assert {event.step for event in events(out / "tensorboard") if event.step} == {1, 2}
+    train(model, data, out, overwrite=True, iters=1)
+    assert not (out / "tensorboard").exists()
+    assert (out / "notes.txt").read_text() == "mine"

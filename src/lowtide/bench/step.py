@@ -24,6 +24,7 @@ from lowtide.ops.products import product_
 from lowtide.train.budget import within_budget
 from lowtide.train.history import StepReport
 from lowtide.train.loop import Trainer, measured_update
+from lowtide.train.lora_settings import LoraSettings
 from lowtide.train.optim import OPTIMIZERS
 from lowtide.train.run import check_length, open_model
 from lowtide.train.settings import ModelSettings, StepSettings, TrainSettings, check_step
@@ -179,6 +180,7 @@ def described(settings: BenchStepSettings) -> dict[str, Any]:
     names = (
         *("model", "quantize", "seq_len", "batch_size", "optimizer", "lora_r"),
         *("optimizer_state", "adapter_dtype"),
+        *(field.name for field in fields(LoraSettings) if field.name != "lora_r"),
     )
     return {
         name: getattr(settings, name) for name in ("method", *OPTIONS_OF[settings.method], *names)

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from lowtide.config import did_you_mean, setting
 from lowtide.data.census import DataCheck, SplitCheck
 from lowtide.data.prepare import ask_child
 from lowtide.errors import ConfigError
+from lowtide.model.decoder import Decoder
 from lowtide.train.recipe import MAX_BATCH
-from lowtide.train.rehearsal import EpochTime, time_epoch
+from lowtide.train.rehearsal import EpochTime, RecordLengths, time_epoch
 from lowtide.train.run import check_length, data_request, open_model
 from lowtide.train.settings import DataSettings, ModelSettings, StepSettings, check_step
 
@@ -37,6 +40,9 @@ class DataCheckSettings(StepSettings, DataSettings, ModelSettings):
     batch_size: int = setting(
         1, help="sequences per step of the time that is measured", minimum=1, maximum=MAX_BATCH
     )
+    packing: bool = setting(
+        False, help="count and measure batches filled up to batch size x max seq length tokens"
+    )
     estimate_time: bool = setting(
         True, help="measure two training steps on the model for the time of an epoch"
     )
@@ -60,7 +66,12 @@ def run(argv: Sequence[str]) -> int:
     check_step(settings)
     model = open_model(settings)
     check_length(model, settings.max_seq_length)
-    request = data_request(settings, model, settings.data)
+    with TemporaryDirectory(prefix="lowtide-") as scratch:
+        return _look(settings, output, model, Path(scratch) / "lengths")
+
+
+def _look(settings: DataCheckSettings, output: Output, model: Decoder, lengths: Path) -> int:
+    request = data_request(settings, model, settings.data, lengths=lengths)
     found = DataCheck.from_dict(ask_child("census", request.to_json(), "splits"))
     for name, split in found.splits.items():
         for line in _split_lines(name, split, settings.max_seq_length, _block(output)):
@@ -69,8 +80,8 @@ def run(argv: Sequence[str]) -> int:
         output.say(line)
     train, epoch = found.splits.get("train"), None
     if settings.estimate_time and train is not None and train.kept_lengths:
-        epoch = time_epoch(settings, model, train.kept_lengths, settings.batch_size)
-        output.say(_time_line(epoch, train))
+        epoch = time_epoch(settings, model, RecordLengths(lengths))
+        output.say(_time_line(epoch, train, settings.packing))
     usable = all(split.usable for split in found.splits.values())
     output.say(_verdict(found, usable))
     output.result(_document(found, epoch, usable))
@@ -144,11 +155,12 @@ def _about_all(found: DataCheck) -> Iterator[str]:
         yield f"warning     {text}"
 
 
-def _time_line(epoch: EpochTime, train: SplitCheck) -> str:
+def _time_line(epoch: EpochTime, train: SplitCheck, packing: bool) -> str:
+    like = "as the first batch has them" if packing else "whose lengths are spread as the records'"
     return (
         f"time        about {duration(epoch.epoch_s)} per epoch with these settings: "
         f"{epoch.batches:,} batches; measured: {epoch.steps} steps of {epoch.measured_tokens:,} "
-        f"tokens, whose lengths are spread as the records' are: {epoch.tokens_per_s:,.0f} tokens/s "
+        f"tokens, {like}: {epoch.tokens_per_s:,.0f} tokens/s "
         f"for {train.kept_tokens:,} tokens"
     )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from lowtide.config import setting
 from lowtide.runs.page import report_html
 from lowtide.runs.read import read_run
+from lowtide.train.output import REPORT_FILE
 from lowtide.weights.writer import write_atomically
 
 from .output import count, settings_of
@@ -36,7 +37,7 @@ def run(argv: Sequence[str]) -> int:
     settings, output = settings_of(ReportSettings, "report", _DESCRIPTION, argv)
     directory = Path(settings.run).expanduser()
     read = read_run(directory)
-    out = Path(settings.out).expanduser() if settings.out else directory / "report.html"
+    out = Path(settings.out).expanduser() if settings.out else directory / REPORT_FILE
     page = report_html(read).encode("utf-8", "replace")
     write_atomically(out, [page])
     if read.damaged:

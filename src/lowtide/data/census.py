@@ -7,6 +7,7 @@ duplicates found by digests in an unnamed file (`lowtide.data.overlap`).
 from __future__ import annotations
 
 import json
+import sys
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -124,7 +125,7 @@ def census(request: PrepareRequest) -> DataCheck:
     mismatch = tokenizer.mismatch(request.vocab_size)
     splits, digests = {}, {}
     for name, source in sources.items():
-        found = _Found(source)
+        found = _Found(source, request.lengths if name == "train" else None)
         found.read(encoder, request.features)
         splits[name], digests[name] = found.check, found.digests()
     overlaps = {
@@ -158,7 +159,8 @@ def _sources(request: PrepareRequest) -> dict[str, Path]:
 class _Found:
     """One file being looked at."""
 
-    def __init__(self, source: Path) -> None:
+    def __init__(self, source: Path, lengths: Path | None) -> None:
+        self._lengths_file = None if lengths is None else open(lengths, "wb")
         self.check = SplitCheck(str(source))
         self._source = source
         self._tally = Tally()
@@ -179,6 +181,8 @@ class _Found:
             check.unreadable = str(error)
         except DataError as error:
             check.unreadable = str(error)
+        if self._lengths_file is not None:
+            self._lengths_file.close()
         check.problems, check.examples = dict(self._tally.counts), self._tally.examples
         check.lengths, check.kept_lengths = dict(self._lengths), dict(self._kept)
         check.duplicates = repeated(self.digests())
@@ -212,6 +216,8 @@ class _Found:
             check.kept_tokens += kept
             check.trained_tokens += sequence.trained_tokens
             self._kept[kept] += 1
+            if self._lengths_file is not None:
+                self._lengths_file.write(kept.to_bytes(4, sys.byteorder))
         else:
             check.untrained += 1
         before = self._first.get(sequence.digest)

@@ -9,12 +9,24 @@ its merges, whose pre-tokenizer the file names. What lowtide writes also says, u
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
+from lowtide.data.gguf_vocabulary import (
+    CONTROL,
+    REMEDY,
+    SPACE,
+    UNKNOWN,
+    USER_DEFINED,
+    Vocabulary,
+    as_piece,
+    merges_by_score,
+    read_scores,
+    read_vocabulary,
+    strings,
+    token_id,
+)
 from lowtide.data.pre_tokenizers import (
-    BYTE_LEVEL,
     PRE_TOKENIZERS,
     SENTENCEPIECE,
     SWALLOW_SPACE_AFTER,
@@ -22,30 +34,12 @@ from lowtide.data.pre_tokenizers import (
 )
 from lowtide.errors import ModelError, shown
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-"""Values of `tokenizer.ggml.token_type`."""
 PIPELINE_KEY = "lowtide.tokenizer"
 NO_MERGES = ["none"]
 """Of a vocabulary of single bytes: llama.cpp wants a list, and reads one word as no merge."""
-SPACE = "\u2581"  # how SentencePiece writes a space
 _WHOLE_KEY = "tokenizer.huggingface.json"
-_REMEDY = "Give the directory of the model's own tokenizer.json with --tokenizer DIR."
 _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 _ENDS = ("eos", "eot", "eom")
-
-
-class _Vocabulary(NamedTuple):
-    """The tokens of a file.
-
-    Attributes:
-        tokens: by id; unused ones at the end, which only fill rows up, are left out.
-        types: of each.
-        ids: by token.
-    """
-
-    tokens: list[str]
-    types: list[float]
-    ids: dict[str, int]
 
 
 def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,11 +57,11 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """
     state, vocabulary = _whole(metadata), None
     if state is None:
-        vocabulary = _read_vocabulary(metadata)
+        vocabulary = read_vocabulary(metadata)
         state = _tokenizer(metadata, vocabulary)
-    tokens = vocabulary.tokens if vocabulary else _strings(metadata, "tokenizer.ggml.tokens")
+    tokens = vocabulary.tokens if vocabulary else strings(metadata, "tokenizer.ggml.tokens")
     files = {"tokenizer.json": state, "tokenizer_config.json": _config(metadata, tokens)}
-    ends = [_id(metadata, role, len(tokens)) for role in _ENDS]
+    ends = [token_id(metadata, role, len(tokens)) for role in _ENDS]
     if any(ends[1:]):
         files["generation_config.json"] = {"eos_token_id": [i for i in ends if i is not None]}
     return files
@@ -86,58 +80,11 @@ def _object(text: str, key: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict) or not isinstance(found.get("model", {}), dict):
-        raise ModelError(f"the GGUF file's {key} is not a tokenizer.json. {_REMEDY}")
+        raise ModelError(f"the GGUF file's {key} is not a tokenizer.json. {REMEDY}")
     return found
 
 
-def _read_vocabulary(metadata: Mapping[str, Any]) -> _Vocabulary:
-    kind = metadata.get("tokenizer.ggml.model")
-    if kind in (None, "none", "no_vocab"):
-        raise ModelError(
-            "the GGUF file holds no tokenizer (tokenizer.ggml.model is "
-            f"{'missing' if kind is None else shown(kind)}). {_REMEDY}"
-        )
-    if kind not in (SENTENCEPIECE, BYTE_LEVEL):
-        raise ModelError(
-            f"the GGUF file's tokenizer is of kind {shown(kind)} (tokenizer.ggml.model); lowtide "
-            f"reads {SENTENCEPIECE!r} and {BYTE_LEVEL!r}. {_REMEDY}"
-        )
-    tokens = _strings(metadata, "tokenizer.ggml.tokens")
-    types = _numbers(metadata, "tokenizer.ggml.token_type", [NORMAL] * len(tokens))
-    if len(types) != len(tokens):
-        raise ModelError(
-            f"the GGUF file has {len(tokens)} tokens (tokenizer.ggml.tokens) and {len(types)} "
-            f"types of them (tokenizer.ggml.token_type). Download it again. {_REMEDY}"
-        )
-    while tokens and types[-1] == UNUSED:
-        tokens.pop()
-        types.pop()
-    ids: dict[str, int] = {}
-    for place, token in enumerate(tokens):
-        ids.setdefault(token, place)
-    return _Vocabulary(tokens, types, ids)
-
-
-def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
-    values = metadata.get(key)
-    if values is None:
-        raise ModelError(f"the GGUF file's tokenizer lacks {key}. {_REMEDY}")
-    if not isinstance(values, list | tuple) or not all(isinstance(one, str) for one in values):
-        raise ModelError(f"the GGUF file's {key} holds what is no text. {_REMEDY}")
-    return list(values)
-
-
-def _numbers(metadata: Mapping[str, Any], key: str, usual: Sequence[float]) -> list[float]:
-    values = metadata.get(key, usual)
-    found = values.tolist() if hasattr(values, "tolist") else values
-    if not isinstance(found, list | tuple) or not all(
-        isinstance(one, int | float) and math.isfinite(one) for one in found
-    ):
-        raise ModelError(f"the GGUF file's {key} holds what is no number. {_REMEDY}")
-    return list(found)
-
-
-def _tokenizer(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> dict[str, Any]:
+def _tokenizer(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
     """tokenizer.json."""
     pieces = metadata["tokenizer.ggml.model"] == SENTENCEPIECE
     make = _sentencepiece if pieces else _byte_level
@@ -151,7 +98,7 @@ def _tokenizer(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> dict[str
     added = []
     for place, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True)):
         if kind in (UNKNOWN, CONTROL, USER_DEFINED):
-            content = _as_piece(token) if pieces and kind == USER_DEFINED else token
+            content = as_piece(token) if pieces and kind == USER_DEFINED else token
             special = kind != USER_DEFINED
             rstrip = pieces and special and swallows is not None and token not in swallows
             added.append(_added(place, content, special, rstrip))
@@ -170,12 +117,7 @@ def _added(place: int, content: str, special: bool, rstrip: bool) -> dict[str, A
     }
 
 
-def _as_piece(token: str) -> str:
-    """Files write runs of spaces that are tokens as spaces."""
-    return token.replace(" ", SPACE) if token.strip(" ") == "" else token
-
-
-def _byte_level(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> dict[str, Any]:
+def _byte_level(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
     """Byte-level BPE."""
     name = metadata.get("tokenizer.ggml.pre")
     pre = PRE_TOKENIZERS.get(name) if isinstance(name, str) else None
@@ -183,16 +125,16 @@ def _byte_level(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> dict[st
         said = "is missing" if name is None else f"is {shown(name)}"
         raise ModelError(
             f"the GGUF file's pre-tokenizer (tokenizer.ggml.pre) {said}, and lowtide knows "
-            f"{', '.join(PRE_TOKENIZERS)}: texts would be cut otherwise than in training. {_REMEDY}"
+            f"{', '.join(PRE_TOKENIZERS)}: texts would be cut otherwise than in training. {REMEDY}"
         )
     merges = []
-    written = _strings(metadata, "tokenizer.ggml.merges")
+    written = strings(metadata, "tokenizer.ggml.merges")
     for merge in written if written != NO_MERGES else []:
         left, _, right = merge.partition(" ")
         if left not in vocabulary.ids or right not in vocabulary.ids:
             raise ModelError(
                 f"the GGUF file's tokenizer merges {shown(merge)}, of which it does not hold both "
-                f"parts. Download the file again. {_REMEDY}"
+                f"parts. Download the file again. {REMEDY}"
             )
         merges.append([left, right])
     return {
@@ -215,24 +157,24 @@ def _byte_level(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> dict[st
     }
 
 
-def _sentencepiece(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> dict[str, Any]:
+def _sentencepiece(metadata: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
     """SentencePiece's BPE: of all pairs whose union is a piece, the one with the highest score."""
     tokens = [
-        _as_piece(token) if kind == USER_DEFINED else token
+        as_piece(token) if kind == USER_DEFINED else token
         for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
     ]
     ids: dict[str, int] = {}
     for place, token in enumerate(tokens):
         ids.setdefault(token, place)
     if "tokenizer.ggml.merges" in metadata:
-        merges = [merge.split(" ", 1) for merge in _strings(metadata, "tokenizer.ggml.merges")]
+        merges = [merge.split(" ", 1) for merge in strings(metadata, "tokenizer.ggml.merges")]
     else:
-        scores = _scores(metadata, len(tokens))
+        scores = read_scores(metadata, len(tokens))
         for place, kind in enumerate(vocabulary.types):
             if kind == USER_DEFINED:  # these come before any other, whatever score a file gives
                 scores[place] = 0.0
         merges = merges_by_score(ids, scores)
-    unknown = _id(metadata, "unknown", len(tokens))
+    unknown = token_id(metadata, "unknown", len(tokens))
     if unknown is None:
         unknown = next((i for i, kind in enumerate(vocabulary.types) if kind == UNKNOWN), None)
     prefixed = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
@@ -267,43 +209,13 @@ def _sentencepiece(metadata: Mapping[str, Any], vocabulary: _Vocabulary) -> dict
     }
 
 
-def _scores(metadata: Mapping[str, Any], count: int) -> list[float]:
-    scores = _numbers(metadata, "tokenizer.ggml.scores", [])
-    if len(scores) < count:
-        raise ModelError(
-            f"the GGUF file has {count} tokens (tokenizer.ggml.tokens) and {len(scores)} scores of "
-            f"them (tokenizer.ggml.scores). Download it again. {_REMEDY}"
-        )
-    return scores
-
-
-def merges_by_score(ids: Mapping[str, int], scores: Sequence[float]) -> list[list[str]]:
-    """The merges that scores of pieces stand for, as transformers derives them.
-
-    Args:
-        ids: by piece.
-        scores: by id.
-
-    Returns:
-        Pairs of pieces, the first to be merged first.
-    """
-    found = []
-    for piece, place in ids.items():
-        halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-        known = [(left, right) for left, right in halves if left in ids and right in ids]
-        known.sort(key=lambda pair: (ids[pair[0]], ids[pair[1]]))
-        found += [(scores[place], left, right) for left, right in known]
-    found.sort(key=lambda one: (one[0], len(one[1]), len(one[2])), reverse=True)
-    return [[left, right] for _, left, right in found]
-
-
 def _around(
-    metadata: Mapping[str, Any], vocabulary: _Vocabulary, bos: bool
+    metadata: Mapping[str, Any], vocabulary: Vocabulary, bos: bool
 ) -> dict[str, Any] | None:
     """The post-processor that puts BOS before a text and EOS after it, as the file says."""
     marks = []
     for role, usual in (("bos", bos), ("eos", False)):
-        place = _id(metadata, role, len(vocabulary.tokens))
+        place = token_id(metadata, role, len(vocabulary.tokens))
         wanted = bool(metadata.get(f"tokenizer.ggml.add_{role}_token", usual))
         marks.append(vocabulary.tokens[place] if wanted and place is not None else None)
     if marks == [None, None]:
@@ -333,28 +245,12 @@ def _around(
     }
 
 
-def _id(metadata: Mapping[str, Any], role: str, count: int) -> int | None:
-    """The id of a token with a role, where the file names one."""
-    key = f"tokenizer.ggml.{role}_token_id"
-    value = metadata.get(key)
-    if value is None:
-        return None
-    value = value.item() if hasattr(value, "item") else value
-    place = value if isinstance(value, int) and not isinstance(value, bool) else -1
-    if not 0 <= place < count:
-        raise ModelError(
-            f"the GGUF file's {key} is {shown(value)}, and it has {count} tokens. Download it "
-            f"again. {_REMEDY}"
-        )
-    return place
-
-
 def _config(metadata: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, Any]:
     """tokenizer_config.json."""
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     config["clean_up_tokenization_spaces"] = False
     for role, name in _ROLES.items():
-        place = _id(metadata, name, len(tokens))
+        place = token_id(metadata, name, len(tokens))
         if place is not None:
             config[f"{role}_token"] = tokens[place]
         elif role == "bos":

@@ -48,8 +48,13 @@ class PrepareRequest:
     """Validation data from elsewhere; wins over the data directory's own valid split."""
     valid_records: int = 0
     """Where there is no validation data, hold out this many records or windows at the end."""
+    lengths: Path | None = None
+    """A file that `lowtide.data.census` writes the tokens of each training record to, 4 bytes each,
+    in their order, as training reads them."""
     sampled: int = 0
     """How many records `lowtide.data.sample` takes."""
+    cache_bytes: int | None = None
+    """How much the token store may hold in all; None does not limit it."""
     builder: str = field(default_factory=lambda: token_hex(8))
     """What the child calls its unfinished work, which the parent removes if the child cannot."""
 
@@ -62,7 +67,7 @@ class PrepareRequest:
         """Read back what `to_json` wrote."""
         values = json.loads(text)
         values["features"] = FeatureNames(**values["features"])
-        for name in ("data", "tokenizer", "cache", "valid_data"):
+        for name in ("data", "tokenizer", "cache", "valid_data", "lengths"):
             values[name] = None if values[name] is None else Path(values[name])
         return cls(**values)
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,9 +21,11 @@ from typing import Any
 
 from lowtide.data.cache import unwritable
 from lowtide.data.text import unreadable
+from lowtide.errors import OutputError
 
 ENTRY_FILE = "entry.json"
 _BUILDING = ".building-"
+_YOUNG_S = 3600
 
 
 def checksum(path: Path) -> str:
@@ -81,7 +84,11 @@ class TokenStore:
                 with open(path / name, "rb") as file:
                     if hashlib.file_digest(file, "sha256").hexdigest() != digest:
                         return None
-            return entry if entry["key"] == key else None
+            if entry["key"] != key:
+                return None
+            with contextlib.suppress(OSError):  # somebody else's, perhaps
+                os.utime(path)  # what was used last stays longest
+            return entry
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
@@ -102,7 +109,7 @@ class TokenStore:
             self._root.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise unwritable(self._root, error) from None
-        with _lock(self._lock_path(key), wait=True):
+        with _lock(_lock_path(self._root, key), wait=True):
             self._sweep(key)
             yield
 
@@ -158,17 +165,45 @@ class TokenStore:
             raise unwritable(final, error) from None
         shutil.rmtree(final / "refused", ignore_errors=True)
 
-    def _lock_path(self, key: str) -> Path:
-        return self._root / f".{key}.lock"
+    def prune(self, most_bytes: int) -> None:
+        """Remove entries, those first that were not used for longest, until the rest is small.
+
+        What was used within the last hour stays: another run may be about to open it. Those that
+        are open already keep their data until they are closed.
+
+        Args:
+            most_bytes: Of all entries together.
+        """
+        entries = []
+        for path in self._root.glob("[!.]*"):
+            with contextlib.suppress(OSError):
+                if (path / ENTRY_FILE).is_file():
+                    size = sum(file.stat().st_size for file in path.iterdir())
+                    entries.append((path.stat().st_mtime, size, path))
+        total = sum(size for _, size, _ in entries)
+        for used, size, path in sorted(entries):
+            if total <= most_bytes or used > time.time() - _YOUNG_S:
+                return
+            with contextlib.suppress(OutputError, OSError):
+                total -= size * self._remove(path)
+
+    def _remove(self, path: Path) -> bool:
+        """Remove an entry, unless somebody is at it; nobody finds a part of it."""
+        with _lock(_lock_path(self._root, path.name), wait=False) as ours:
+            if ours:
+                gone = self._root / f"{_BUILDING}{path.name}-{self._builder}"
+                os.rename(path, gone)
+                shutil.rmtree(gone, ignore_errors=True)
+            return ours
 
     def _sweep(self, held: str) -> None:
         """Remove what processes that were killed left behind."""
         for path in self._root.glob(f"{_BUILDING}*"):
-            key = path.name.removeprefix(_BUILDING).partition("-")[0]
+            key = _key_built(path)
             if key == held:
                 shutil.rmtree(path, ignore_errors=True)
                 continue
-            with _lock(self._lock_path(key), wait=False) as ours:
+            with _lock(_lock_path(self._root, key), wait=False) as ours:
                 if ours:
                     shutil.rmtree(path, ignore_errors=True)
 
@@ -182,6 +217,17 @@ def remove_unfinished(root: Path, builder: str) -> None:
     """
     for path in root.glob(f"{_BUILDING}*-{builder}"):
         shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OutputError), _lock(_lock_path(root, _key_built(path)), False):
+            pass  # its file goes with the lock, unless somebody else builds the entry by now
+
+
+def _key_built(path: Path) -> str:
+    """The key of the entry that is built in a directory."""
+    return path.name.removeprefix(_BUILDING).partition("-")[0]
+
+
+def _lock_path(root: Path, key: str) -> Path:
+    return root / f".{key}.lock"
 
 
 @contextmanager

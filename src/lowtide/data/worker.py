@@ -160,6 +160,8 @@ class _Preparation:
                 "warnings": [] if mismatch is None else [mismatch],
             }
             self._store.put(key, directory, names, about)
+        if self._request.cache_bytes is not None:
+            self._store.prune(self._request.cache_bytes)
 
     def _encoded(self, source: Path) -> Iterator[Encoded]:
         encoder = self._encoder

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lowtide.data.gguf_tokenizer import (
+from lowtide.data.gguf_tokenizer import NO_MERGES, PIPELINE_KEY
+from lowtide.data.gguf_vocabulary import (
     BYTE,
     CONTROL,
-    NO_MERGES,
     NORMAL,
-    PIPELINE_KEY,
     SPACE,
     UNKNOWN,
     UNUSED,

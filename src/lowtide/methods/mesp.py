@@ -12,11 +12,10 @@ paper's ablation.
 
 from __future__ import annotations
 
-from lowtide.errors import ConfigError
 from lowtide.model.adapter import Adapter
 from lowtide.model.batch import Batch
 from lowtide.model.decoder import Decoder
-from lowtide.model.kept import KeptBlocks
+from lowtide.model.kept import KeptBlocks, check_kept
 from lowtide.model.stored_h import StoredH
 
 from .base import GradSink, Step
@@ -71,16 +70,7 @@ class Mesp:
     ) -> KeptBlocks | None:
         """Room for the blocks to keep, made again only when a larger batch comes."""
         spec, number = model.spec, self._keep_blocks
-        trained = spec.num_layers if adapter is None else len(adapter.config.trained_layers(spec))
-        if trained < number <= spec.num_layers:
-            raise ConfigError(
-                f"--keep-blocks is {number}, and a gradient passes through {trained} "
-                f"block{'s'[: trained > 1]} only, those from the lowest adapted one up."
-            )
-        if number > spec.num_layers:
-            raise ConfigError(
-                f"--keep-blocks is {number}, and the model has {spec.num_layers} blocks."
-            )
+        check_kept(number, spec, None if adapter is None else adapter.config)
         if number and (self._kept is None or not self._kept.fits(tokens)):
             self._kept = None  # freed before a larger one is made
             last = range(spec.num_layers - number, spec.num_layers)

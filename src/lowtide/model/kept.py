@@ -6,9 +6,11 @@ from collections.abc import Collection
 
 import torch
 
+from lowtide.errors import ConfigError
 from lowtide.ops.glu import Columns
 
 from .block import Kept
+from .lora_config import LoraConfig
 from .spec import ModelSpec
 
 
@@ -57,3 +59,24 @@ def _widths(spec: ModelSpec) -> tuple[int, ...]:
 def kept_elements(spec: ModelSpec) -> int:
     """Elements per token that one kept block takes."""
     return sum(_widths(spec))
+
+
+def check_kept(number: int, spec: ModelSpec, config: LoraConfig | None) -> None:
+    """Refuse to keep blocks that no backward goes through.
+
+    Args:
+        number: how many of the last blocks shall keep their intermediates.
+        spec: the model.
+        config: of the adapter; None where it adapts all blocks.
+
+    Raises:
+        ConfigError: there are not so many.
+    """
+    trained = spec.num_layers if config is None else len(config.trained_layers(spec))
+    if number > spec.num_layers:
+        raise ConfigError(f"--keep-blocks is {number}, and the model has {spec.num_layers} blocks.")
+    if number > trained:
+        raise ConfigError(
+            f"--keep-blocks is {number}, and a gradient passes through {trained} "
+            f"block{'s'[: trained > 1]} only, those from the lowest adapted one up."
+        )

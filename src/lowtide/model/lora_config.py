@@ -6,10 +6,10 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 from lowtide.errors import ConfigError, shown
 
+from .patterns import MOST_CHARACTERS, expression, first_match, match_all
 from .spec import ModelSpec
 
 ALL_LINEAR = "all-linear"
@@ -68,12 +68,12 @@ class LoraConfig:
 
     def rank(self, layer: int, linear: str) -> int:
         """The rank on a linear, by its block and its name in the block."""
-        key = _first_match(tuple(self.rank_pattern), _path(layer, linear))
+        key = first_match(tuple(self.rank_pattern), _path(layer, linear))
         return self.r if key is None else self.rank_pattern[key]
 
     def scale(self, layer: int, linear: str) -> float:
         """What the adapter's output on a linear is multiplied by."""
-        key = _first_match(tuple(self.alpha_pattern), _path(layer, linear))
+        key = first_match(tuple(self.alpha_pattern), _path(layer, linear))
         alpha = self.lora_alpha if key is None else self.alpha_pattern[key]
         rank = self.rank(layer, linear)
         return alpha / (math.sqrt(rank) if self.use_rslora else rank)
@@ -137,9 +137,16 @@ class LoraConfig:
 
         Yields:
             As in the first line.
+
+        Raises:
+            ConfigError: a pattern takes too long to match.
         """
+        linears = self.linears(spec)
+        paths = [_path(layer, linear) for layer in self.layers(spec) for linear in linears]
+        for pattern in (self.rank_pattern, self.alpha_pattern):
+            match_all(tuple(pattern), paths)
         for layer in self.layers(spec):
-            for linear in self.linears(spec):
+            for linear in linears:
                 yield layer, linear, self.rank(layer, linear)
 
     def trained_layers(self, spec: ModelSpec) -> range:
@@ -158,7 +165,7 @@ class LoraConfig:
         paths = [_path(layer, linear) for layer, linear, _ in self.adapted(spec)]
         for name in ("rank_pattern", "alpha_pattern"):
             keys = tuple(getattr(self, name))
-            used = {_first_match(keys, path) for path in paths}
+            used = {first_match(keys, path) for path in paths}
             unused = [key for key in keys if key not in used]
             if unused:
                 raise ConfigError(
@@ -185,12 +192,6 @@ def _path(layer: int, linear: str) -> str:
     return f"model.layers.{layer}.{linear}"
 
 
-@lru_cache(maxsize=1 << 16)
-def _first_match(keys: tuple[str, ...], path: str) -> str | None:
-    """The first key that PEFT would match with a module's name."""
-    return next((key for key in keys if re.match(rf"(.*\.)?({key})$", path)), None)
-
-
 def _check_rank(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{name} is {value!r}; expected a whole number of at least 1.")
@@ -209,9 +210,11 @@ def _check_key(name: str, key: object) -> None:
     try:
         if not isinstance(key, str) or not key:
             raise re.error("it is empty or no text")
-        re.compile(rf"(.*\.)?({key})$")
+        if len(key) > MOST_CHARACTERS:
+            raise re.error(f"it has {len(key):,} characters, more than {MOST_CHARACTERS}")
+        re.compile(expression(key))
     except (re.error, OverflowError, RecursionError) as error:
         raise ConfigError(
-            f"{name} has the key {key!r}; expected the end of a module's name, such as 'q_proj', "
-            f"or a regular expression of it ({error})."
+            f"{name} has the key {shown(key)}; expected the end of a module's name, such as "
+            f"'q_proj', or a regular expression of it ({error})."
         ) from error

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from lowtide.config import flag, setting
+from lowtide.data.text import unreadable
 from lowtide.device import SYS, on_battery, temperature_c
-from lowtide.errors import ConfigError
+from lowtide.errors import ConfigError, DataError, shown
 
 SAMPLE_TOKENS = 48
 COOLER_BY_C = 5.0
@@ -20,6 +23,13 @@ class SampleSettings:
     sample_prompt: tuple[str, ...] = setting(
         (),
         help="prompt to answer now and then during training; may be given several times",
+        changeable=True,
+    )
+    sample_prompts_file: str | None = setting(
+        None,
+        help="file of such prompts: a line each, or .jsonl with texts or records that have a "
+        "'prompt'; run.yaml keeps what it held",
+        filled=True,
         changeable=True,
     )
     steps_per_sample: int | None = setting(
@@ -47,6 +57,53 @@ class TrackerSettings:
         filled=True,
         changeable=True,
     )
+
+
+S = TypeVar("S", bound=SampleSettings)
+
+
+def with_prompts(settings: S) -> S:
+    """The settings with the prompts of the file among the others.
+
+    Args:
+        settings: of a run.
+
+    Returns:
+        Settings that need no file.
+
+    Raises:
+        DataError: it cannot be read, or a line is no prompt.
+    """
+    if settings.sample_prompts_file is None:
+        return settings
+    path = Path(settings.sample_prompts_file).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text ({error.reason}).") from error
+    except OSError as error:
+        raise unreadable(path, error) from error
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    as_json = path.suffix.lower() == ".jsonl"
+    found = [_prompt(path, *line) if as_json else line[1].rstrip("\r") for line in lines]
+    if not found:
+        raise DataError(f"{path} holds no prompts. Write one on each line.")
+    prompts = (*settings.sample_prompt, *found)
+    return replace(settings, sample_prompt=prompts, sample_prompts_file=None)
+
+
+def _prompt(path: Path, number: int, line: str) -> str:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        value = None
+    found = value.get("prompt") if isinstance(value, dict) else value
+    if not isinstance(found, str) or "\0" in found:
+        raise DataError(
+            f'{path}, line {number}: expected a text such as "once" or a record such as '
+            f'{{"prompt": "once"}}, and found {shown(line)}.'
+        )
+    return found
 
 
 def check_samples(settings: SampleSettings) -> None:

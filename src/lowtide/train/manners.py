@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 from lowtide.device import SYS, Paced, on_battery, temperature_c
 
@@ -17,15 +13,13 @@ from .looking import COOLER_BY_C, MannerSettings
 from .loop import Trainer
 from .observers import Quiet
 
-PAUSE, GO_ON = signal.SIGUSR1, signal.SIGUSR2
 _SENSORS_S, _POLL_S = 5.0, 0.2
 
 
 class Manners(Quiet):
-    """Pauses a run between two updates. Use as a context manager, which listens for the signals.
+    """Pauses a run before the first update and between two.
 
-    SIGUSR1 asks for a pause, SIGUSR2 ends it. What the sensors say is read every five seconds, so
-    an update pays for a look at the clock.
+    What the sensors say is read every five seconds, so an update pays for a look at the clock.
     """
 
     def __init__(
@@ -36,38 +30,26 @@ class Manners(Quiet):
         system: Path = SYS,
         sensors_s: float = _SENSORS_S,
     ) -> None:
-        """Nothing is read or listened to yet.
+        """Nothing is read yet.
 
         Args:
             settings: when to pause.
             tell: hears the reason of a pause, and None when the run goes on.
-            trainer: gives memory back for a pause, which ends when the run is asked to.
+            trainer: gives memory back for a pause; its `stop` hears who asks for one.
             system: where the device tells of itself.
             sensors_s: seconds between readings.
         """
         self._settings, self._tell, self._trainer = settings, tell, trainer
-        self._asked = self._hot = False
+        self._hot = False
         self._battery = Paced(lambda: on_battery(system), sensors_s)
         self._heat = Paced(lambda: temperature_c(system), sensors_s)
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Manners:
-        """Listen for the signals, where this is the main thread."""
-        if threading.current_thread() is threading.main_thread():
-            for number in (PAUSE, GO_ON):
-                self._before[number] = signal.signal(number, self._on_signal)
-        return self
-
-    def __exit__(self, *ending: object) -> None:
-        """Let the signals do what they did before."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._asked = number == PAUSE
 
     def on_step(self, report: StepReport) -> None:
         """Pause while there is a reason to."""
+        self.pause()
+
+    def pause(self) -> None:
+        """The same, before there is an update."""
         reason = self._reason()
         if reason is None or self._trainer.stop.requested:
             return
@@ -80,7 +62,7 @@ class Manners(Quiet):
 
     def _reason(self) -> str | None:
         """Why to pause now."""
-        if self._asked:
+        if self._trainer.stop.pausing:
             return "asked to by SIGUSR1; SIGUSR2 goes on"
         if self._settings.pause_on_battery and self._battery():
             return "the device runs from its battery"

@@ -202,9 +202,24 @@ def batch_rule(settings: TrainSettings) -> BatchRule:
     return BatchRule(settings.batch_size, settings.seed, budget, settings.group_by_length)
 
 
-def batches_in_pass(settings: TrainSettings, dataset: Lengths) -> int:
-    """How many batches the first pass has; others have as many, with packing about as many."""
-    return RecordOrder(dataset, batch_rule(settings)).batches_in(0)
+def batches_of_epochs(settings: TrainSettings, dataset: Lengths) -> float:
+    """How many batches `epochs` passes have. With packing each pass has a number of its own.
+
+    Args:
+        settings: of the run.
+        dataset: its records.
+
+    Returns:
+        Batches of the whole passes, and the share of those of the last one; 0 without `epochs`.
+    """
+    if settings.epochs is None:
+        return 0
+    order, whole = RecordOrder(dataset, batch_rule(settings)), int(settings.epochs)
+    if not settings.packing:
+        return settings.epochs * order.batches_in(0)
+    share = settings.epochs - whole
+    rest = share * order.batches_in(whole) if share else 0.0
+    return sum(order.batches_in(epoch) for epoch in range(whole)) + rest
 
 
 def largest_batch(

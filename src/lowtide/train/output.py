@@ -27,6 +27,9 @@ _RUN_FILES = (
     FOLDER,
     BEST_FOLDER,
 )
+REPORT_FILE, TENSORBOARD_FOLDER = "report.html", "tensorboard"
+LEFT_BY_OTHERS = (REPORT_FILE, TENSORBOARD_FOLDER)
+"""What else belongs to a run, and goes when it is replaced."""
 HIDDEN = ".run-"
 _SPARE_BYTES = 1 << 20
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 
 from lowtide.config import build
@@ -24,7 +25,7 @@ from lowtide.model.decoder import Decoder
 from .budget import options_of, within_budget, workload
 from .history import StepReport
 from .loop import Trainer, measured_update
-from .order import filled
+from .order import Indices, RecordOrder, batch_rule, filled
 from .settings import StepSettings, TrainSettings
 
 _SAMPLED = 64
@@ -135,16 +136,43 @@ def has_validation(settings: TrainSettings) -> bool:
     return data.is_dir() and resolve_split(data, "valid") is not None
 
 
-def time_epoch(
-    settings: StepSettings, model: Decoder, lengths: Mapping[int, int], batch_size: int
-) -> EpochTime:
+class RecordLengths:
+    """Tokens of each record, as a census wrote them: all that an order needs to know of data."""
+
+    def __init__(self, path: Path) -> None:
+        """Map the file.
+
+        Args:
+            path: 4 bytes for each record, at least one.
+        """
+        self._lengths = np.memmap(path, dtype=np.uint32, mode="r")
+
+    def __len__(self) -> int:
+        """Number of records."""
+        return len(self._lengths)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest record."""
+        return int(self._lengths.max())
+
+    def lengths_of(self, indices: Indices) -> Indices:
+        """Tokens of each of these records."""
+        return self._lengths[indices].astype(np.int64)
+
+    def counts(self) -> dict[int, int]:
+        """How many records have how many tokens."""
+        values, counts = np.unique(self._lengths, return_counts=True)
+        return dict(zip(values.tolist(), counts.tolist(), strict=True))
+
+
+def time_epoch(settings: StepSettings, model: Decoder, lengths: RecordLengths) -> EpochTime:
     """Measure steps on random tokens, as long as the records are.
 
     Args:
-        settings: of the step.
+        settings: of the step and its batches.
         model: opened with them.
-        lengths: how many records have how many tokens.
-        batch_size: sequences per step.
+        lengths: of the records.
 
     Returns:
         The estimate.
@@ -152,9 +180,13 @@ def time_epoch(
     Raises:
         ConfigError: the budget is too small.
     """
-    chosen = _spread(lengths, batch_size)
     known = {name: value for name, value in asdict(settings).items() if name in _shared_names()}
     run = build(TrainSettings, {**known, "data": "-", "adapter_path": "-", "iters": 1})
+    order, counts = RecordOrder(lengths, batch_rule(run)), lengths.counts()
+    if run.packing:
+        chosen = tuple(lengths.lengths_of(np.array(order.take())).tolist())
+    else:
+        chosen = _spread(counts, run.batch_size)
     fitting, guard = within_budget(run, model, chosen)
     adapter = Adapter.create(model, run.lora_config(model.spec), 0, run.rounded_dtype)
     trainer = Trainer(model, adapter, get_method(run.method, fitting), run, guard)
@@ -165,9 +197,8 @@ def time_epoch(
     with MemoryMeter() as meter:
         made = [measured_update(trainer, [batch], n + 1, meter) for n in range(1 + _STEPS)]
     rate = median(one.tokens_per_s for one in made[1:])
-    records = sum(lengths.values())
-    tokens = sum(length * count for length, count in lengths.items())
-    return EpochTime(tokens / rate, rate, _STEPS, sum(chosen), -(-records // batch_size))
+    tokens = sum(length * count for length, count in counts.items())
+    return EpochTime(tokens / rate, rate, _STEPS, sum(chosen), order.batches_in(0))
 
 
 def _spread(lengths: Mapping[int, int], count: int) -> tuple[int, ...]:

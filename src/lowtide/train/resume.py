@@ -82,6 +82,8 @@ def settle(given: Mapping[str, Any]) -> TrainSettings:
     held = {name: v for name, v in checkpoint.state.settings.items() if name in known}
     if "iters" in given or "epochs" in given:  # either one says how long
         held |= {"iters": None, "epochs": None}
+    if "sample_prompts_file" in given:
+        held |= {"sample_prompt": ()}
     return build(TrainSettings, {**held, "overwrite": False, **given})
 
 

@@ -18,18 +18,20 @@ from lowtide.errors import ConfigError, DataError
 from lowtide.methods import get_method
 from lowtide.model.adapter import Adapter
 from lowtide.model.decoder import Decoder, load_model
+from lowtide.model.kept import check_kept
 from lowtide.model.threads import set_threads
+from lowtide.sizes import size_in_bytes
 
 from .budget import within_budget
 from .determinism import pinned
 from .fingerprint import arithmetic, model_fingerprint
 from .groups import Groups
 from .history import TrainResult
-from .looking import check_manners, check_samples
+from .looking import check_manners, check_samples, with_prompts
 from .loop import Trainer
 from .observers import Quiet, RunObserver
 from .optim import OPTIMIZERS
-from .order import batches_in_pass, check_batches, largest_batch
+from .order import batches_of_epochs, check_batches, largest_batch
 from .output import check_output, check_space, made_directory
 from .recipe import check_recipe
 from .rehearsal import has_validation, rehearse
@@ -67,6 +69,7 @@ def train(
         raise ConfigError(f"give settings or keywords, not both ({', '.join(given)}).")
     settings = settle(given) if settings is None else build(TrainSettings, asdict(settings))
     observer = observer or Quiet()
+    settings = with_prompts(settings)
     check_supported(settings)
     settings = pinned(settings)
     directory = Path(settings.adapter_path).expanduser()
@@ -87,10 +90,7 @@ def _train_in(
     resumed = find(directory, settings) if settings.resume else None
     model = open_model(settings)
     check_length(model, settings.max_seq_length)
-    config = settings.lora_config(model.spec)
-    adapter = Adapter.create(model, config, settings.seed, settings.rounded_dtype)
-    check_space(directory, _checkpoint_bytes(settings, adapter), settings.keep_checkpoints)
-    Groups(settings, adapter.parameters)  # refuses names that no parameter has
+    adapter = _new_adapter(directory, settings, model)
     fingerprints: dict[str, str | None] = {"model": model_fingerprint(model)}
     if resumed is not None:
         check_same(resumed, settings, fingerprints)
@@ -103,7 +103,7 @@ def _train_in(
     valid_set = None if valid is None else TokenDataset.open(valid.path)
     fingerprints["train"] = report.splits["train"].sha256
     fingerprints["valid"] = None if valid is None else valid.sha256
-    iters = updates_of(settings, batches_in_pass(settings, train_set))
+    iters = updates_of(settings, batches_of_epochs(settings, train_set))
     check_stopping(settings, iters, valid_set is not None)
     if resumed is not None:
         check_same(resumed, settings, fingerprints)
@@ -135,11 +135,7 @@ def _rehearse(directory: Path, settings: TrainSettings, observer: RunObserver) -
     check_stopping(settings, settings.iters or sys.maxsize, has_validation(settings))
     model = open_model(settings)
     check_length(model, settings.max_seq_length)
-    adapter = Adapter.create(
-        model, settings.lora_config(model.spec), settings.seed, settings.rounded_dtype
-    )
-    check_space(directory, _checkpoint_bytes(settings, adapter), settings.keep_checkpoints)
-    Groups(settings, adapter.parameters)
+    adapter = _new_adapter(directory, settings, model)
     observer.on_model(model, adapter)
     rehearsal = rehearse(settings, model, adapter, _request(settings, model))
     observer.on_rehearsal(rehearsal)
@@ -148,6 +144,16 @@ def _rehearse(directory: Path, settings: TrainSettings, observer: RunObserver) -
         0, step.loss, None, step.n_tokens, step.wall_s, step.cpu_s, step.peak_anon_bytes,
         step.peak_rss_bytes,
     )  # fmt: skip
+
+
+def _new_adapter(directory: Path, settings: TrainSettings, model: Decoder) -> Adapter:
+    """An untrained adapter, when all that depends on its shape has been checked."""
+    config = settings.lora_config(model.spec)
+    check_kept(settings.keep_blocks, model.spec, config)
+    adapter = Adapter.create(model, config, settings.seed, settings.rounded_dtype)
+    check_space(directory, _checkpoint_bytes(settings, adapter), settings.keep_checkpoints)
+    Groups(settings, adapter.parameters)  # refuses names that no parameter has
+    return adapter
 
 
 def _checkpoint_bytes(settings: TrainSettings, adapter: Adapter) -> int:
@@ -178,6 +184,7 @@ def check_supported(settings: TrainSettings) -> None:
     check_samples(settings)
     check_manners(settings)
     wanted_trackers(settings.report_to)
+    size_in_bytes("cache_limit", settings.cache_limit)
     if settings.epochs is None:
         Schedule.of(settings, updates_of(settings, 0))  # refuses a warm-up that is too long
     if settings.valid_data is not None and settings.valid_records:
@@ -218,6 +225,7 @@ def data_request(settings: DataSettings, model: Decoder, data: str, **more: Any)
         data=Path(data).expanduser(),
         tokenizer=settings.tokenizer_directory(model.directory),
         cache=Path(cache).expanduser() if cache else cache_root() / "tokens",
+        cache_bytes=size_in_bytes("cache_limit", settings.cache_limit),
         max_seq_length=settings.max_seq_length,
         vocab_size=model.spec.vocab_size,
         mask_prompt=settings.mask_prompt,

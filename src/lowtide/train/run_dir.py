@@ -25,7 +25,16 @@ from lowtide.weights.writer import link_atomically, sync_directory, write_atomic
 
 from .checkpoints import FOLDER, Checkpoint, Checkpoints, RunState, file_checksum
 from .history import History
-from .output import BEST_FOLDER, EVENTS_FILE, HIDDEN, METRICS_FILE, SETTINGS_FILE, unwritable
+from .output import (
+    BEST_FOLDER,
+    EVENTS_FILE,
+    HIDDEN,
+    LEFT_BY_OTHERS,
+    METRICS_FILE,
+    SETTINGS_FILE,
+    TENSORBOARD_FOLDER,
+    unwritable,
+)
 from .settings import TrainSettings
 
 
@@ -86,7 +95,7 @@ class RunDir:
             raise unwritable(directory, error) from error
         try:
             saved = replace(identity.settings, resume=False, resume_anyway=False, overwrite=False)
-            write_atomically(self._root / SETTINGS_FILE, [to_yaml(saved).encode()])
+            write_atomically(self.root / SETTINGS_FILE, [to_yaml(saved).encode()])
         except BaseException:
             self.close()
             raise
@@ -97,12 +106,13 @@ class RunDir:
         return self.saved_step if self._hidden is None else None
 
     @property
-    def _root(self) -> Path:
+    def root(self) -> Path:
+        """Where files of the run lie now; those that are open move along."""
         return self._hidden or self.directory
 
     @property
     def _checkpoints(self) -> Checkpoints:
-        return Checkpoints(self._root)
+        return Checkpoints(self.root)
 
     def _take_up(self, resumed: Checkpoint) -> None:
         """Make the directory what it was when the checkpoint was written."""
@@ -171,7 +181,7 @@ class RunDir:
 
     def _sync_metrics(self) -> int:
         """Flush metrics.jsonl to the disk, so that a checkpoint never has more steps than it."""
-        with open(self._root / METRICS_FILE, "ab") as file:
+        with open(self.root / METRICS_FILE, "ab") as file:
             os.fsync(file.fileno())
             return file.tell()
 
@@ -209,12 +219,12 @@ class RunDir:
 
         What was there before goes into the hidden directory, which is removed in the end.
         """
-        for name in (FOLDER, BEST_FOLDER):
+        for name in (FOLDER, BEST_FOLDER, *LEFT_BY_OTHERS):
             if (self.directory / name).exists():
                 os.rename(self.directory / name, hidden / f"{name}-before")
         sync_directory(self.directory)
         for path in sorted(hidden.iterdir()):
-            if path.is_file():
+            if path.is_file() or path.name == TENSORBOARD_FOLDER:
                 os.replace(path, self.directory / path.name)
         sync_directory(self.directory)
         os.rename(hidden / FOLDER, self.directory / FOLDER)
@@ -252,7 +262,7 @@ class RunDir:
         """
         try:
             self._check_place()
-            with open(self._root / name, "a", encoding="utf-8") as file:
+            with open(self.root / name, "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
         except OSError as error:
             raise unwritable(self.directory, error) from error

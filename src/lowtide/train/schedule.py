@@ -120,16 +120,16 @@ class Schedule:
         return self.least + (self.peak - self.least) * SCHEDULES[self.kind](span)
 
 
-def updates_of(settings: TrainSettings, batches: int) -> int:
+def updates_of(settings: TrainSettings, batches: float) -> int:
     """How many updates a run makes.
 
     Args:
         settings: of the run.
-        batches: of a pass over the training data.
+        batches: of all `epochs` passes over the training data.
 
     Returns:
         `iters`, or as many as go through the data `epochs` times, the last one rounded up.
     """
     if settings.epochs is None:
         return settings.iters or DEFAULT_ITERS
-    return max(1, math.ceil(settings.epochs * batches / settings.grad_accumulation_steps))
+    return max(1, math.ceil(batches / settings.grad_accumulation_steps))

@@ -84,6 +84,13 @@ class DataSettings:
         filled=True,
         metavar="DIR",
     )
+    cache_limit: str = setting(
+        "20GB",
+        help="most that is kept there: beyond it, what was not used for longest is removed",
+        filled=True,
+        changeable=True,
+        metavar="SIZE",
+    )
     prompt_feature: str = setting("prompt", help="record key of the prompt")
     completion_feature: str = setting("completion", help="record key of the completion")
     text_feature: str = setting("text", help="record key of plain text")

@@ -1,7 +1,8 @@
 """Ending a run from outside: Ctrl-C, SIGTERM and SIGHUP end it at the next place where it is whole.
 
 The first signal waits for the end of the update or save that is being made; where nothing is being
-made it ends the run at once. The second ends the process as it would without us.
+made it ends the run at once. The second ends the process as it would without us. SIGUSR1 asks for
+a pause and SIGUSR2 to go on; they are heard from the start, also while the model is loaded.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+PAUSE, GO_ON = signal.SIGUSR1, signal.SIGUSR2
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stop:
-    """Whether the run was asked to end."""
+    """Whether the run was asked to end, or to pause."""
 
     def __init__(self, on_waiting: Callable[[], None] = lambda: None) -> None:
         """Nobody has asked yet.
@@ -25,7 +27,7 @@ class Stop:
         Args:
             on_waiting: called when a signal has to wait for an update.
         """
-        self.requested = False
+        self.requested = self.pausing = False
         self._on_waiting = on_waiting
         self._shields: list[bool] = []
         self._before: dict[int, Any] = {}
@@ -38,11 +40,12 @@ class Stop:
             None; in a thread that is not the main one, without having changed anything.
         """
         if threading.current_thread() is threading.main_thread():
-            found = {number: signal.getsignal(number) for number in _SIGNALS}
+            found = {n: signal.getsignal(n) for n in (*_SIGNALS, PAUSE, GO_ON)}
             self._before = {n: h for n, h in found.items() if h is not signal.SIG_IGN}
         try:
             for number in self._before:
-                signal.signal(number, self._hear)
+                heard = self._hear_pause if number in (PAUSE, GO_ON) else self._hear
+                signal.signal(number, heard)
             yield
         finally:
             for number, handler in self._before.items():
@@ -55,6 +58,9 @@ class Stop:
             raise KeyboardInterrupt
         if any(self._shields):
             self._on_waiting()
+
+    def _hear_pause(self, number: int, frame: FrameType | None) -> None:
+        self.pausing = number == PAUSE
 
     @contextmanager
     def shielded(self, *, update: bool = False) -> Iterator[None]:

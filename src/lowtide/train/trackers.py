@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 from lowtide.errors import ConfigError, listed
+
+from .output import TENSORBOARD_FOLDER
+from .run_dir import RunDir
 
 
 class Tracker(Protocol):
@@ -31,14 +33,15 @@ class TensorBoard:
 
     name = "tensorboard"
 
-    def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
-        """Open an event file.
+    def __init__(self, run_dir: RunDir, settings: Mapping[str, Any]) -> None:
+        """Open an event file, which moves with the run's other files.
 
         Args:
-            directory: of the run.
+            run_dir: of the run.
             settings: of the run, kept as text.
         """
-        self._writer = _module("tensorboard").SummaryWriter(str(directory / "tensorboard"))
+        folder = run_dir.root / TENSORBOARD_FOLDER
+        self._writer = _module("tensorboard").SummaryWriter(str(folder))
         rows = "\n".join(f"    {name}: {value}" for name, value in settings.items())
         self._writer.add_text("settings", rows, 0)
 
@@ -63,13 +66,14 @@ class WeightsAndBiases:
 
     name = "wandb"
 
-    def __init__(self, directory: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, run_dir: RunDir, settings: Mapping[str, Any]) -> None:
         """Begin a run.
 
         Args:
-            directory: of the run; wandb writes its own files below it.
+            run_dir: of the run; wandb writes its own files below its directory.
             settings: of the run.
         """
+        directory = run_dir.directory
         wandb = _module("wandb")
         self._run = wandb.init(dir=str(directory), config=dict(settings), name=directory.name)
 
@@ -87,7 +91,7 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-TRACKERS: dict[str, Callable[[Path, Mapping[str, Any]], Tracker]] = {
+TRACKERS: dict[str, Callable[[RunDir, Mapping[str, Any]], Tracker]] = {
     "tensorboard": TensorBoard,
     "wandb": WeightsAndBiases,
 }

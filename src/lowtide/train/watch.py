@@ -68,8 +68,7 @@ def watched(
     """
     settings = trainer.settings
     trackers = [
-        TRACKERS[name](run_dir.directory, asdict(settings))
-        for name in wanted_trackers(settings.report_to)
+        TRACKERS[name](run_dir, asdict(settings)) for name in wanted_trackers(settings.report_to)
     ]
     recorder = Recorder(run_dir.log, _facts(trainer, data), trackers)
     if settings.resume:
@@ -84,7 +83,8 @@ def watched(
         others.append(sampler)
     manners = Manners(settings, watchers.on_pause, trainer)
     others.append(manners)  # last: a pause comes after all that an update leads to
-    with recorder, manners:
+    with recorder:
+        manners.pause()
         if sampler is not None and not settings.resume:
             sampler.answer(0)
         yield watchers

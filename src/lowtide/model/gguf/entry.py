@@ -19,6 +19,28 @@ SHORT_FACTORS, LONG_FACTORS = "rope_factors_short.weight", "rope_factors_long.we
 # Tensors that no product reads: what each frequency of the rotary angles is divided by.
 ROPE_TENSORS = (FREQUENCY_FACTORS, SHORT_FACTORS, LONG_FACTORS)
 
+CHANGE_THE_FUNCTION: Mapping[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attention.scale": (0,),
+    "attn_logit_softcapping": (0,),
+    "embedding_scale": (0, 1),
+    "expert_count": (0,),
+    "final_logit_softcapping": (0,),
+    "logit_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "rope.scaling.alpha": (0,),
+    "rope.scaling.attn_factor": (0, 1),
+    "rope.scaling.yarn_attn_factor": (1,),
+    "rope.scaling.yarn_beta_fast": (32,),
+    "rope.scaling.yarn_beta_slow": (1,),
+    "rope.scaling.yarn_ext_factor": (1,),
+    "rope.scaling.yarn_log_multiplier": (0,),
+    "use_parallel_residual": (False,),
+}
+"""Keys of some architectures, and the values with which they change nothing."""
+
 
 class Gguf(NamedTuple):
     """A family in GGUF files, as llama.cpp understands them.
@@ -67,10 +89,16 @@ class MetadataReader:
         self.architecture = architecture
         self.shapes = shapes
         self.problems: list[str] = []
+        self._read: set[str] = set()
 
     def key(self, name: str) -> str:
         """The full key."""
         return f"{self.architecture}.{name}"
+
+    def value(self, name: str, default: Any = None) -> Any:
+        """What the file says, numbers as Python's own."""
+        self._read.add(name)
+        return plain(self.metadata.get(self.key(name), default))
 
     def has(self, name: str) -> bool:
         """Whether the file says it."""
@@ -78,13 +106,12 @@ class MetadataReader:
 
     def number(self, name: str, default: float | None = None, *, least: float = 0.0) -> float:
         """A number above `least`; a missing one without default is a problem."""
-        value = self.metadata.get(self.key(name))
+        value = self.value(name)
         if value is None and default is not None:
             return default
         if value is None:
             self.problems.append(f"{self.key(name)} is missing")
             return 1.0
-        value = plain(value)
         if isinstance(value, bool) or not isinstance(value, int | float):
             self.problems.append(f"{self.key(name)} = {shown(value)} (expected a number)")
             return 1.0
@@ -112,17 +139,29 @@ class MetadataReader:
 
     def optional(self, name: str) -> float:
         """A number above 0, or 0 where the file does not say it or says 0."""
-        value = plain(self.metadata.get(self.key(name)))
+        value = self.value(name)
         zero = isinstance(value, int | float) and value == 0
         return 0.0 if value is None or zero else self.number(name)
 
     def text(self, name: str, default: str) -> str:
         """A string."""
-        value = self.metadata.get(self.key(name), default)
+        value = self.value(name, default)
         if isinstance(value, str):
             return value
         self.problems.append(f"{self.key(name)} = {shown(value)} (expected a string)")
         return default
+
+    def refuse_unread(self) -> None:
+        """Record keys that change the function of some families and that nobody has read."""
+        for name, neutral in CHANGE_THE_FUNCTION.items():
+            if name in self._read or not self.has(name):
+                continue
+            value = self.value(name)
+            if not (isinstance(value, int | float) and value in neutral):
+                self.problems.append(
+                    f"{self.key(name)} = {shown(value)} is not a setting that lowtide knows in "
+                    "this architecture"
+                )
 
     def finish(self) -> None:
         """Raise once with everything that was found.

@@ -84,6 +84,7 @@ def config_from_metadata(
     config = _shared(reader, entry)
     config.update(_rotary(reader, entry, config["head_dim"], vector))
     config.update(entry.read(reader))
+    reader.refuse_unread()
     reader.finish()
     return config
 

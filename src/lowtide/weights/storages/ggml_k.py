@@ -18,7 +18,7 @@ class Q4_K(BlockStorage):
     The low four bits of 32 bytes are one part, the high four the next.
     """
 
-    name, number, size, nbytes, scratch = "Q4_K", 12, 256, 144, 240
+    name, number, size, nbytes, scratch = "Q4_K", 12, 256, 144, 288
 
     def unpack_(self, out: Tensor, blocks: Tensor) -> None:
         """See `BlockStorage.unpack_`."""
@@ -31,15 +31,15 @@ class Q4_K(BlockStorage):
 class Q5_K(BlockStorage):
     """As Q4_K, with 32 bytes of fifth bits between: bit g of byte j is column j of part g."""
 
-    name, number, size, nbytes, scratch = "Q5_K", 13, 256, 176, 272
+    name, number, size, nbytes, scratch = "Q5_K", 13, 256, 176, 320
 
     def unpack_(self, out: Tensor, blocks: Tensor) -> None:
         """See `BlockStorage.unpack_`."""
         parts = cut(out, 4, 2, 32).unbind(-2)
-        packed = nibbles(cut(blocks[..., 48:], 4, 32))
+        packed, fifth = nibbles(cut(blocks[..., 48:], 4, 32)), blocks[..., 16:48].contiguous()
         for odd, (part, q) in enumerate(zip(parts, packed, strict=True)):
             for pair in range(4):
-                q[..., pair, :].bitwise_or_(_upper(blocks[..., 16:48], 1, 2 * pair + odd))
+                q[..., pair, :].bitwise_or_(_upper(fifth, 1, 2 * pair + odd))
             part.copy_(q)
         _scale_(out, blocks)
 
@@ -51,12 +51,12 @@ class Q6_K(BlockStorage):
     high four, and above them bits 0 and 1, 2 and 3, ... of its 32 bytes.
     """
 
-    name, number, size, nbytes, scratch = "Q6_K", 14, 256, 210, 320
+    name, number, size, nbytes, scratch = "Q6_K", 14, 256, 210, 384
 
     def unpack_(self, out: Tensor, blocks: Tensor) -> None:
         """See `BlockStorage.unpack_`."""
         parts = cut(out, 2, 2, 2, 32).unbind(-3)
-        upper = cut(blocks[..., 128:192], 2, 32)
+        upper = cut(blocks[..., 128:192], 2, 32).contiguous()
         packed = nibbles(cut(blocks[..., :128], 2, 2, 32))
         for high, (part, q) in enumerate(zip(parts, packed, strict=True)):
             for second in range(2):

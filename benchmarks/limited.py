@@ -301,7 +301,9 @@ def compare(limit_bytes: int, python: str, flags: Sequence[str]) -> dict[str, An
     if "error" not in limited and "error" not in unlimited:
         result["equal"] = same_result(limited, unlimited)
         result["time_ratio"] = limited["wall_s"] / unlimited["wall_s"]
-        result["cpu_ratio"] = limited["cpu_s"] / unlimited["cpu_s"]
+        # Of a step shorter than a tick of the clock there is nothing to say.
+        whole = unlimited["cpu_s"]
+        result["cpu_ratio"] = limited["cpu_s"] / whole if whole else None
     return result
 
 
@@ -336,9 +338,10 @@ def text(result: dict[str, Any]) -> str:
         )
     if "equal" in result:
         equal = "equal bit for bit" if result["equal"] else "DIFFERENT"
+        cpu = result["cpu_ratio"]
         lines.append(
-            f"losses and adapter: {equal}   time ratio {result['time_ratio']:.2f} "
-            f"wall, {result['cpu_ratio']:.2f} CPU"
+            f"losses and adapter: {equal}   time ratio {result['time_ratio']:.2f} wall"
+            + ("" if cpu is None else f", {cpu:.2f} CPU")
         )
     return "\n".join(lines)
 

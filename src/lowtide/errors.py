@@ -11,11 +11,23 @@ import reprlib
 from collections.abc import Sequence
 from typing import Any
 
+_MOST_CHARACTERS = 8_000
+MOST_CONFIG_BYTES = 16 << 20
+"""Of a config.json or adapter_config.json: a larger one is not read into memory."""
+
 
 class LowtideError(Exception):
     """Base of all errors with a remedy. Exit code 1: the work itself failed."""
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        """Keep the message; of one that quotes something endless, its beginning and its end."""
+        if len(message) > _MOST_CHARACTERS:
+            half = _MOST_CHARACTERS // 2
+            left = len(message) - 2 * half
+            message = f"{message[:half]} [{left:,} characters left out] {message[-half:]}"
+        super().__init__(message)
 
     @property
     def kind(self) -> str:

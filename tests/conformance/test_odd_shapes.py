@@ -17,6 +17,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from made_up import ALL
+from safetensors.torch import load_file, save_file
 
 import lowtide as lt
 from lowtide.check.conformance import (
@@ -34,7 +35,7 @@ from lowtide.model.families import spec_from_config
 
 LENGTHS = (19, 1, 7, 33)
 # transformers keeps norms, angles and softmax in float32: 1e-7 each, and more where a hidden size
-# of 2 or 4 leaves a norm next to nothing to divide by.
+# of 2 or 4 leaves a norm next to nothing to divide by: then what such rounding may do is measured.
 TRANSFORMERS, EXACT = 1e-4, 1e-9
 ROPES: tuple[dict[str, Any], ...] = (
     {},
@@ -122,6 +123,8 @@ def changed(config: Mapping[str, Any], groups: list[dict[str, Any]], take: list[
 
 def compare(config: Mapping[str, Any], seed: int) -> None:
     """Logits and gradients of one random model."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    assume(rope.get("rope_type") != "dynamic" or config.get("head_dim") != 2)  # they divide by zero
     try:
         Example(Path(), config).hf_config()
     except Exception:  # transformers refuses some that make sense, by errors of many kinds
@@ -140,7 +143,26 @@ def compare(config: Mapping[str, Any], seed: int) -> None:
         peft = peft_gradients(peft_model(example, Path(scratch) / "adapter", torch.float64), rows)
         assert set(peft) == set(ours)
         assert _relative(ours, plain) <= EXACT
-        assert _relative(ours, peft) <= TRANSFORMERS
+        apart = _relative(ours, peft)
+        assert apart <= TRANSFORMERS or apart <= 2 * _sensitivity(Path(scratch), example, batch)
+
+
+def _sensitivity(scratch: Path, example: Example, batch: lt.Batch) -> float:
+    """How far gradients move when weights move by some half a unit of float32, the most of four."""
+
+    def grads() -> dict[str, torch.Tensor]:
+        model = example.load()
+        return lt.gradients(model, lt.Adapter.load(scratch / "adapter", model), batch).grads
+
+    truth, moved = grads(), []
+    (path,) = scratch.glob("*.safetensors")
+    weights = load_file(path)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        noise = {name: 1 + 2**-24 * torch.randn(w.shape).double() for name, w in weights.items()}
+        save_file({name: (w.double() * noise[name]).float() for name, w in weights.items()}, path)
+        moved.append(_relative(grads(), truth))
+    return max(moved)
 
 
 def _relative(ours: Mapping[str, torch.Tensor], truth: Mapping[str, torch.Tensor]) -> float:

@@ -99,7 +99,8 @@ def test_tiles_that_a_budget_chose_are_part_of_it(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    train(model, data, out, memory_budget="400MB", deterministic=True)
+    run = ("--model", model, "--data", data, *FEW, "--iters", 3)  # the budget is of a whole process
+    trained(out, 1, *run, "--memory-budget", "400MB", "--deterministic")
     found = fingerprint.arithmetic("small")
     monkeypatch.setattr(sys.modules["lowtide.train.run"], "arithmetic", lambda tiles: found)
     with pytest.raises(ConfigError, match="tiles full then, small now"):

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lowtide.errors import AdapterError, ConfigError, OutputError, listed, shown
+from lowtide.errors import MOST_CONFIG_BYTES, AdapterError, ConfigError, OutputError, listed, shown
 from lowtide.model.adapter import Adapter, LoraConfig, adapter_shapes
 from lowtide.model.decoder import Decoder
 from lowtide.weights.writer import write_atomically, write_safetensors
@@ -163,6 +163,8 @@ def _read_config(directory: Path) -> dict[str, Any]:
             f"{directory} {found}; give a PEFT adapter directory ({CONFIG_FILE} and "
             f"{WEIGHTS_FILE}), such as `lowtide train` writes."
         )
+    if (size := path.stat().st_size) > MOST_CONFIG_BYTES:
+        raise AdapterError(f"{path} has {size:,} bytes; no adapter's settings take so many.")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as error:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lowtide.errors import ModelError
+from lowtide.errors import MOST_CONFIG_BYTES, ModelError
 from lowtide.model.spec import ModelSpec
 from lowtide.weights.manifest import PARTIAL_FILE
 
@@ -94,6 +94,8 @@ def read_config(directory: Path) -> dict[str, Any]:
             f"{directory} has no config.json, so it is not a model directory. Give the directory "
             "that holds config.json, tokenizer.json and *.safetensors."
         )
+    if (size := path.stat().st_size) > MOST_CONFIG_BYTES:
+        raise ModelError(f"{path} has {size:,} bytes; no model's does. Download it again.")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as error:

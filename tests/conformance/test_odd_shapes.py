@@ -123,14 +123,15 @@ def changed(config: Mapping[str, Any], groups: list[dict[str, Any]], take: list[
 
 def compare(config: Mapping[str, Any], seed: int) -> None:
     """Logits and gradients of one random model."""
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    assume(rope.get("rope_type") != "dynamic" or config.get("head_dim") != 2)  # they divide by zero
     try:
         Example(Path(), config).hf_config()
     except Exception:  # transformers refuses some that make sense, by errors of many kinds
         assume(False)
     with TemporaryDirectory() as scratch:
-        example = Example.write(Path(scratch), config)
+        try:
+            example = Example.write(Path(scratch), config)
+        except ZeroDivisionError:  # their dynamic angles of a head with two rotated columns
+            assume(False)
         model = example.load()
         rows = random_ids(model.spec.vocab_size, LENGTHS, seed)
         truth = hf_logits(example.hf_model(torch.float64), rows[-1])
